@@ -1,0 +1,77 @@
+# Everything runs in ./.venv, which the first target that needs it creates.
+
+# Unless given (make demo PYTHON=/path/to/python3.12): the first one here that
+# is new enough.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+    $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+    && { echo $$p; exit; }; done; echo python3)
+BIN := .venv/bin
+
+# The demo and the tests are sized for a CPU; JAX_PLATFORMS=cuda overrides.
+JAX_PLATFORMS ?= cpu
+export JAX_PLATFORMS
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# What also has to pass in the other mode of flax.nnx.
+TREE_MODE_TESTS = $(wildcard tests/graph* tests/layers* tests/train*)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format wheel clean
+
+help:
+	@echo 'make demo    train, compress, harden and evaluate on real digits'
+	@echo 'make test    lint, types, tests and doctests'
+	@echo 'make lint    ruff and mypy'
+	@echo 'make format  rewrite the code in the house style'
+	@echo 'make wheel   build the wheel and the sdist into dist/'
+	@echo 'make clean   remove build outputs and caches; keeps .venv and runs'
+
+demo: .venv/.demo-installed
+	$(BIN)/djpq train --config configs/digits.py --workdir runs/digits \
+	  --overwrite
+
+test: lint
+	$(BIN)/python -m pytest -q -n 2
+	@if [ -n '$(TREE_MODE_TESTS)' ]; then \
+	  echo 'Again, with the trees of flax.nnx instead of its graphs:'; \
+	  NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false \
+	  $(BIN)/python -m pytest -q -n 2 $(TREE_MODE_TESTS); fi
+
+lint: .venv/.dev-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.dev-installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: .venv/.dev-installed
+	$(BIN)/python -m build
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find configs djpq_jax tests -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/.demo-installed: setup.cfg pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install -e '.[demo]'
+	@touch $@
+
+# The development tools include all that the demo needs.
+.venv/.dev-installed: setup.cfg pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install -e '.[dev]'
+	@touch .venv/.demo-installed $@
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys' 2>/dev/null || { echo \
+	  'There is no $(PYTHON) here: install Python 3.11 or newer, then' \
+	  'run make $(MAKECMDGOALS) PYTHON=/path/to/it.' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
+	  "Python 3.11 or newer is needed, and $(PYTHON) is `$(PYTHON) -c \
+	  'import platform; print(platform.python_version())'`:" \
+	  'run make $(MAKECMDGOALS) PYTHON=/path/to/a/newer/python.' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo \
+	  '$(PYTHON) cannot create environments: install its venv module' \
+	  '(Debian and Ubuntu: sudo apt install python3-venv) and run' \
+	  'make $(MAKECMDGOALS) again.' >&2; exit 1; }
+	$(PYTHON) -m venv .venv

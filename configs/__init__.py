@@ -1,0 +1,1 @@
+"""Experiments: one file, one experiment, with its command and its numbers."""

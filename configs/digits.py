@@ -1,0 +1,28 @@
+"""DJPQ on handwritten digits: the demo.
+
+Command: djpq train --config configs/digits.py --workdir runs/digits
+"""
+
+from djpq_jax import config as config_lib
+
+
+def get_config():
+  config = config_lib.default()
+  config.data.name = 'digits'
+  config.model.name = 'digits_cnn'
+  config.augment.shift = 1
+  config.budget = 0.002
+
+  config.float.epochs = 40.0
+  config.float.smoothing = 0.1
+  config.float.optimizer.learning_rate = 3e-3
+
+  config.search.epochs = 40.0
+  config.search.optimizer.learning_rate = 1e-3
+  config.search.optimizer.quantizer_rate = 2e-2
+  config.search.optimizer.gate_rate = 5e-2
+  config.search.optimizer.decay_gates = False
+
+  config.finetune.epochs = 60.0
+  config.finetune.optimizer.learning_rate = 2e-3
+  return config

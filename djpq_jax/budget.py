@@ -1,0 +1,74 @@
+"""Reaches a stated BOPs budget during training, without coefficient search.
+
+The strength of the BOPs term is a Lagrange multiplier.  A target falls
+geometrically from the model's first relative BOPs to the budget, and a
+proportional-integral controller on the logarithm of the multiplier follows
+it.  What is missing at the end `allocate` settles exactly, in whole channels
+and bits.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+LOG_STRENGTH_RANGE = (np.log(1e-4), np.log(10.0))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Control:
+  """The controller's state: the logarithm of the strength, float32 scalar."""
+
+  log_strength: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Controller:
+  """Follows a falling target of relative BOPs.
+
+  Attributes:
+    budget: relative BOPs to end at, in (0, 1).
+    start: relative BOPs to begin with.
+    steps: steps of the search.
+    ramp: fraction of the steps after which the target is the budget.
+    initial_strength: strength to begin with.
+    integral: e-folds of strength per unit of log error, over the whole search.
+    proportional: e-folds of strength per unit of log error, at once.
+  """
+
+  budget: float
+  start: float
+  steps: int
+  ramp: float = 0.7
+  initial_strength: float = 0.03
+  integral: float = 40.0
+  proportional: float = 2.0
+
+  def __post_init__(self):
+    if not 0 < self.budget < 1:
+      raise ValueError(
+        f'the budget is a fraction of the float32 BOPs, between 0 and 1; '
+        f'got {self.budget}'
+      )
+
+  def init(self) -> Control:
+    """Returns the state before the first step."""
+    strength = jnp.asarray(np.log(self.initial_strength), jnp.float32)
+    return Control(log_strength=strength)
+
+  def target(self, step):
+    """Relative BOPs aimed at in `step`."""
+    done = jnp.minimum(step / (self.ramp * self.steps), 1.0)
+    low, high = np.log(self.budget), np.log(max(self.start, self.budget))
+    return jnp.exp(high + (low - high) * done)
+
+  def update(self, control: Control, step, relative_bops):
+    """Returns (strength for this step, the next state)."""
+    error = jnp.log(relative_bops / self.target(step))
+    error = jax.lax.stop_gradient(jnp.clip(error, -1.0, 1.0))
+    total = control.log_strength + self.integral / self.steps * error
+    total = jnp.clip(total, *LOG_STRENGTH_RANGE)
+    strength = jnp.exp(total + self.proportional * error)
+    return strength, Control(log_strength=total)

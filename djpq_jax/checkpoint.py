@@ -1,0 +1,274 @@
+"""The hardened model on disk: a manifest anybody can read, and packed arrays.
+
+    artifact/
+      manifest.json   what it is: layers, bits, channels, totals, accuracy
+      arrays/         orbax: integers packed at their bit width, scales
+
+Nothing in it is executed on load: JSON and numbers only.
+"""
+
+from collections.abc import Mapping
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from djpq_jax import compress
+from djpq_jax import graph as graph_lib
+from djpq_jax import harden
+from djpq_jax import layers
+
+FORMAT = 'djpq_jax hardened model'
+VERSION = 1
+
+
+class ArtifactError(ValueError):
+  """An artifact cannot be read; the message says why in one sentence."""
+
+
+def pack(values: np.ndarray, bits: int) -> np.ndarray:
+  """Packs signed integers at `bits` bits each, lowest bit first.
+
+  Args:
+    values: integers in [-2**(bits-1), 2**(bits-1)), any shape.
+    bits: 2 to 16.
+
+  Returns:
+    uint8 [ceil(values.size * bits / 8)].
+
+  >>> pack(np.array([1, -1, 0, 1]), 2).tolist()
+  [110]
+  """
+  shifted = np.ravel(values).astype(np.int64) + 2 ** (bits - 1)
+  if shifted.size and not 0 <= shifted.min() <= shifted.max() < 2**bits:
+    raise ValueError(f'values do not fit {bits} signed bits')
+  planes = (shifted[:, None] >> np.arange(bits)) & 1
+  return np.packbits(planes.astype(np.uint8).ravel(), bitorder='little')
+
+
+def unpack(packed: np.ndarray, bits: int, shape) -> np.ndarray:
+  """Undoes `pack`: int8 (int16 above 8 bits) of `shape`."""
+  size = int(np.prod(shape))
+  planes = np.unpackbits(packed, count=size * bits, bitorder='little')
+  planes = planes.reshape(size, bits).astype(np.int64)
+  values = (planes << np.arange(bits)).sum(axis=1) - 2 ** (bits - 1)
+  return values.astype(np.int8 if bits <= 8 else np.int16).reshape(shape)
+
+
+def save(
+  folder,
+  model: harden.HardenedModel,
+  rows: list[harden.LayerReport],
+  *,
+  model_spec: Mapping[str, Any],
+  input_shape,
+  more: Mapping[str, Any] | None = None,
+) -> None:
+  """Writes an artifact; an existing one is replaced only once all is written.
+
+  Args:
+    folder: where to.
+    model: what to write.
+    rows: its count, from `harden.count`.
+    model_spec: {'name', 'kwargs'} for `models.create` of the dense model.
+    input_shape: of one example, as (8, 8, 1).
+    more: further JSON-ready facts for the manifest, as accuracy.
+  """
+  folder = pathlib.Path(folder).absolute()
+  arrays, entries = {}, {}
+  bits = {row.name: row.weight_bits for row in rows}
+  for key, variable in nnx.to_flat_state(nnx.state(model)):
+    name = '/'.join(map(str, key))
+    value = np.asarray(variable[...])
+    entries[name] = {'shape': list(value.shape), 'dtype': str(value.dtype)}
+    if isinstance(variable, layers.IntegerParam):
+      width = bits[name.removeprefix('model/').removesuffix('/kernel')]
+      entries[name]['bits'] = width
+      value = pack(value, width)
+    arrays[name] = value
+  manifest = {
+    'format': FORMAT,
+    'version': VERSION,
+    'model': dict(model_spec),
+    'input_shape': list(input_shape),
+    **(more or {}),
+    'totals': harden.totals(model, rows),
+    'layers': [vars(row) for row in rows],
+    'signed_inputs': _signed(model),
+    'plan': model.structure.plan.to_json(),
+    'sha256': _hash(arrays),
+    'arrays': entries,
+  }
+  _write(folder, manifest, arrays)
+
+
+def _signed(model) -> dict[str, bool]:
+  return {
+    hook.path: hook.operands.act.signed
+    for hook in compress.hooks(model)
+    if isinstance(hook.operands.act, harden.FixedQuantizer)
+  }
+
+
+def _hash(arrays: Mapping[str, np.ndarray]) -> str:
+  digest = hashlib.sha256()
+  for name in sorted(arrays):
+    array = np.ascontiguousarray(arrays[name])
+    digest.update(f'{name} {array.dtype} {array.shape}\n'.encode())
+    digest.update(array.tobytes())
+  return digest.hexdigest()
+
+
+def _write(folder: pathlib.Path, manifest, arrays) -> None:
+  partial = folder.with_name(folder.name + '.partial')
+  shutil.rmtree(partial, ignore_errors=True)
+  partial.mkdir(parents=True)
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(partial / 'arrays', arrays)
+  text = json.dumps(manifest, indent=1, allow_nan=False)
+  (partial / 'manifest.json').write_text(text + '\n')
+  if folder.exists():
+    shutil.rmtree(folder)
+  os.replace(partial, folder)
+
+
+def read_manifest(folder) -> dict[str, Any]:
+  """Reads and checks an artifact's manifest.
+
+  Raises:
+    ArtifactError: there is none, it is damaged, foreign or from a newer
+      version.
+  """
+  path = pathlib.Path(folder) / 'manifest.json'
+  try:
+    manifest = json.loads(path.read_text())
+  except FileNotFoundError:
+    raise ArtifactError(
+      f'{folder} is no artifact: it has no manifest.json'
+    ) from None
+  except (OSError, ValueError) as error:
+    raise ArtifactError(f'{path} is damaged: {error}') from None
+  if not isinstance(manifest, dict) or manifest.get('format') != FORMAT:
+    raise ArtifactError(f'{path} was not written by djpq_jax')
+  if manifest.get('version', 0) > VERSION:
+    raise ArtifactError(
+      f'{folder} has format version {manifest["version"]}, this djpq_jax '
+      f'reads up to {VERSION}; update djpq_jax'
+    )
+  missing = {'model', 'input_shape', 'layers', 'plan', 'arrays', 'sha256'}
+  missing -= manifest.keys()
+  if missing:
+    raise ArtifactError(f'{path} is damaged: it lacks {sorted(missing)}')
+  return manifest
+
+
+def load(folder, dense) -> harden.HardenedModel:
+  """Reads an artifact.
+
+  Args:
+    folder: where `save` wrote it.
+    dense: a function of no arguments that makes the dense model, for example
+      `lambda: models.create('digits_cnn')`; only its shapes are used.
+
+  Returns:
+    The hardened model, bit for bit the one that was saved.
+
+  Raises:
+    ArtifactError: anything is missing, damaged or does not fit the model.
+  """
+  manifest = read_manifest(folder)
+  arrays = _read_arrays(pathlib.Path(folder).absolute() / 'arrays')
+  if _hash(arrays) != manifest['sha256']:
+    raise ArtifactError(
+      f'{folder} was altered or is incomplete: its arrays do not have the '
+      'hash that the manifest states'
+    )
+  values = {}
+  for name, entry in manifest['arrays'].items():
+    value = arrays[name]
+    if 'bits' in entry:
+      value = unpack(value, entry['bits'], entry['shape'])
+    values[name] = jnp.asarray(value)
+  model = _skeleton(manifest, dense)
+  graphdef, state = nnx.split(model)
+  flat = nnx.to_flat_state(state)
+  paths = ['/'.join(map(str, key)) for key, _ in flat]
+  if set(paths) != set(values):
+    raise ArtifactError(
+      f'{folder} does not fit the model: they differ in '
+      f'{sorted(set(paths) ^ set(values))[:3]}'
+    )
+  filled = [(key, values[name]) for (key, _), name in zip(flat, paths)]
+  return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+  if not path.is_dir():
+    raise ArtifactError(f'{path.parent} is incomplete: it has no arrays')
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      tree = checkpointer.metadata(path).item_metadata.tree
+      target = {
+        k: np.empty(v.shape, v.dtype) for k, v in tree.items()
+      }
+      restored = checkpointer.restore(path, target)
+  except Exception as error:  # orbax and tensorstore raise many kinds
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise ArtifactError(f'{path} is damaged: {first}') from error
+  return {k: np.asarray(v) for k, v in restored.items()}
+
+
+def _skeleton(manifest, dense) -> harden.HardenedModel:
+  """The hardened model with shapes in place of arrays."""
+  plan = compress.Plan.from_json(manifest['plan'])
+  model = compress.eval_view(nnx.eval_shape(dense))
+  shape = (2, *manifest['input_shape'])
+  x = jax.ShapeDtypeStruct(shape, jnp.float32)
+  graph = graph_lib.trace(model, x)
+  groups = tuple(
+    compress.GroupSettings(
+      name=g.name,
+      size=g.size,
+      align=1,
+      min_channels=1,
+      reason='' if g.name in plan.open else 'kept',
+    )
+    for g in graph.groups
+  )
+  quantized = set(manifest['signed_inputs'])
+  settings = {
+    p: compress.LayerSettings(quantize=p in quantized) for p in graph.layers
+  }
+  structure = compress.Structure(graph, settings, groups, plan)
+  inner = graph_lib.slice_channels(model, graph, dict(plan.open))
+  empty = jax.ShapeDtypeStruct((), jnp.float32)
+  gates = [harden.Scales(empty) for _ in structure.gated]
+  compress.attach_operands(
+    inner,
+    structure,
+    weight=lambda path: harden.Dequantizer(empty) if path in quantized else None,
+    act=lambda path: harden.FixedQuantizer(
+      empty, empty, signed=manifest['signed_inputs'][path]
+    )
+    if path in quantized
+    else None,
+  )
+  hardened = harden.HardenedModel(inner, gates, structure)
+  for hook in compress.hooks(hardened):
+    if hook.path in quantized:
+      hook.layer.kernel = layers.IntegerParam(hook.layer.kernel.get_value())
+  return hardened
+
+
+def size_bytes(folder) -> int:
+  """Bytes of all files of an artifact."""
+  files = pathlib.Path(folder).rglob('*')
+  return sum(f.stat().st_size for f in files if f.is_file())

@@ -1,0 +1,172 @@
+"""The fields of an experiment, their defaults, and how to override them."""
+
+import ast
+from collections.abc import Iterable
+import difflib
+import importlib.util
+import pathlib
+from typing import Any
+
+import ml_collections
+
+PACKAGED = 'djpq_jax.configs'
+
+
+class ConfigError(ValueError):
+  """A config cannot be used; the message names the field."""
+
+
+def default() -> ml_collections.ConfigDict:
+  """Every field there is, with its default; experiments change some."""
+  return ml_collections.ConfigDict(
+    {
+      'seed': 0,  # of weights, data order and noise
+      'data': {
+        'name': '',  # see djpq_jax.data
+        'dir': '',  # where a data set that is not bundled was prepared
+      },
+      'model': {
+        'name': '',  # see djpq_jax.models
+        'kwargs': {},  # of its constructor
+      },
+      'batch_size': 64,
+      'augment': {'shift': 0, 'flip': False},  # pixels; mirror
+      'method': 'djpq',  # 'djpq', 'uniform' or 'float'
+      'rules': (),  # of dicts with the fields of compress.Rule
+      'budget': 0.0,  # BOPs relative to dense float32; 0: coefficient mode
+      'bit_choices': (),  # allowed bits, () for all whole numbers
+      'uniform_bits': (4, 4),  # weights, activations; for method 'uniform'
+      'float': {  # training of the model before it is compressed
+        'epochs': 0.0,
+        'smoothing': 0.0,
+        'optimizer': _optimizer(),
+      },
+      'search': {  # for channels and bits
+        'epochs': 0.0,
+        'kl_weight': 0.0,  # gamma, of the gates' KL
+        'strength': 0.0,  # of log BOPs, in coefficient mode
+        'ramp': 0.7,  # of the search: time to reach the budget or strength
+        'smoothing': 0.0,
+        'distill': 0.0,  # weight of the float model as a teacher
+        'temperature': 1.0,
+        'optimizer': _optimizer(),
+      },
+      'finetune': {  # of the cut model, its bits fixed
+        'epochs': 0.0,
+        'smoothing': 0.0,
+        'distill': 0.0,
+        'temperature': 1.0,
+        'optimizer': _optimizer(),
+      },
+      'statistics_batches': 16,  # batch norm is re-estimated on these
+    }
+  )
+
+
+def _optimizer() -> dict[str, Any]:
+  return {
+    'name': 'adam',
+    'learning_rate': 1e-3,
+    'weight_decay': 1e-4,
+    'momentum': 0.9,
+    'warmup': 0.05,
+    'quantizer_rate': 1e-2,
+    'gate_rate': 3e-2,
+    'clip_norm': 5.0,
+    'decay_gates': True,
+  }
+
+
+def load(source: str, overrides: Iterable[str] = ()):
+  """Loads a config file and applies overrides.
+
+  Args:
+    source: path of a Python file with `get_config()`, or the name of a
+      packaged one, as 'digits'.
+    overrides: 'field.subfield=value' each; values are Python literals or
+      plain strings.
+
+  Returns:
+    A complete ConfigDict, frozen.
+
+  Raises:
+    ConfigError: no such file, an unknown field, or a value of a wrong type.
+  """
+  config = default()
+  given = _get_config(source)
+  _update(config, given, '')
+  for override in overrides:
+    name, separator, text = override.partition('=')
+    if not separator:
+      raise ConfigError(f'{override!r} is not of the form field=value')
+    _update(config, _nested(name.strip(), _literal(text.strip())), '')
+  return ml_collections.FrozenConfigDict(config)
+
+
+def _get_config(source: str):
+  path = pathlib.Path(source)
+  if path.suffix == '.py' and not path.is_file():
+    packaged = path.stem if path.parent.name == 'configs' else None
+  else:
+    packaged = None if path.suffix == '.py' else source
+  if packaged is not None:
+    spec = _find_packaged(packaged, source)
+  else:
+    spec = importlib.util.spec_from_file_location('djpq_config', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, 'get_config'):
+    raise ConfigError(f'{source} has no get_config()')
+  return module.get_config()
+
+
+def _find_packaged(name: str, source: str):
+  spec = None
+  if name.isidentifier():
+    spec = importlib.util.find_spec(f'{PACKAGED}.{name}')
+  if spec is None:
+    raise ConfigError(f'{source} is neither a file nor a packaged config')
+  return spec
+
+
+def _nested(name: str, value):
+  for part in reversed(name.split('.')):
+    value = {part: value}
+  return value
+
+
+def _literal(text: str):
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
+
+
+def _update(config, given, prefix: str) -> None:
+  """Copies `given` into `config`, refusing fields that it does not have."""
+  for key, value in given.items():
+    name = f'{prefix}{key}'
+    if key not in config:
+      close = difflib.get_close_matches(key, list(config), 1)
+      hint = f'; did you mean {prefix}{close[0]!s}?' if close else ''
+      raise ConfigError(f'unknown config field {name}{hint}')
+    if name == 'model.kwargs':
+      config[key] = ml_collections.ConfigDict(dict(value))
+    elif isinstance(config[key], ml_collections.ConfigDict):
+      if not hasattr(value, 'items'):
+        raise ConfigError(f'{name} has fields of its own, got {value!r}')
+      _update(config[key], value, f'{name}.')
+    else:
+      config[key] = _converted(config[key], value, name)
+
+
+def _converted(now, value, name: str):
+  """`value` as the type that the field has."""
+  if isinstance(now, tuple) and isinstance(value, (list, tuple)):
+    return tuple(value)
+  if type(now) is float and type(value) is int:
+    return float(value)
+  if type(now) is not type(value):
+    kind = type(now).__name__
+    raise ConfigError(f'{name} takes a {kind}, got {value!r}')
+  return value

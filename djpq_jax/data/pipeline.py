@@ -1,0 +1,262 @@
+"""Batches as a pure function of (seed, step), exact evaluation, prefetch.
+
+There is no iterator state: a run that resumes at step k calls
+`train_batch(split, k, ...)` and gets the bits that it would have got.  All
+randomness is raw bits of Philox, which NumPy keeps the same for ever, unlike
+the distributions of its Generator.
+"""
+
+from collections.abc import Iterable, Iterator
+import contextlib
+import dataclasses
+import functools
+import queue
+import threading
+from typing import TypeVar
+
+import numpy as np
+
+from djpq_jax.data import sources
+
+T = TypeVar('T')
+Batch = dict[str, np.ndarray]
+
+# Independent streams of random bits under one seed.
+_ORDER, _AUGMENT = 0, 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Augment:
+  """Random changes to training images."""
+
+  shift: int = 0  # pixels; translate by up to this much, zeros come in
+  flip: bool = False  # mirror left-right half of the time
+
+  def __post_init__(self):
+    if self.shift < 0:
+      raise ValueError(f'shift must be >= 0 pixels; got {self.shift}')
+
+
+def steps_per_epoch(split: sources.Split, batch_size: int) -> int:
+  """Full batches in one pass; the images left over wait for another epoch.
+
+  Raises:
+    ValueError: `batch_size` is < 1 or larger than the split.
+  """
+  if not 1 <= batch_size <= len(split):
+    raise ValueError(
+      f'{split.name}: batch_size must be in 1..{len(split)}, the size of the '
+      f'split; got {batch_size}'
+    )
+  return len(split) // batch_size
+
+
+def train_batch(
+  split: sources.Split,
+  step: int,
+  *,
+  batch_size: int,
+  seed: int,
+  augment: Augment | None = None,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Batch:
+  """The batch of one step: shuffled per epoch, augmented, normalized.
+
+  Args:
+    split: where the images come from.
+    step: counts from 0 over all epochs.
+    batch_size: images over all processes.
+    seed: >= 0; with `step` it fixes order and augmentation.
+    augment: None for none.
+    process_index: which share of the batch this process wants.
+    process_count: number of equal, contiguous shares.
+
+  Returns:
+    dict(image=float32 [B, H, W, C], label=int32 [B]) where B is
+    batch_size / process_count.
+
+  Raises:
+    ValueError: a size, index or seed out of range.
+  """
+  epoch, position = divmod(step, steps_per_epoch(split, batch_size))
+  if step < 0 or seed < 0:
+    raise ValueError(f'step and seed must be >= 0; got {step} and {seed}')
+  rows = _share(batch_size, process_index, process_count)
+  order = _epoch_order(len(split), seed, epoch)
+  indices = order[position * batch_size :][:batch_size][rows]
+  images = split.images[indices]
+  if augment is not None:
+    bits = _random_bits(seed, _AUGMENT, step).random_raw((3, batch_size))
+    images = _augment(images, augment, bits[:, rows])
+  return dict(image=normalize(images, split), label=split.labels[indices])
+
+
+def eval_batches(
+  split: sources.Split,
+  batch_size: int,
+  *,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Iterator[Batch]:
+  """All images once, in order, in batches of one shape.
+
+  The last batch is filled up with zeros whose mask is 0, so that
+  sum(correct * mask) / sum(mask) is exact to the image.
+
+  Args:
+    split: where the images come from.
+    batch_size: images over all processes; may exceed the split.
+    process_index: which share of every batch this process wants.
+    process_count: number of equal, contiguous shares.
+
+  Returns:
+    An iterator of dict(image=float32 [B, H, W, C], label=int32 [B],
+    mask=float32 [B]) where B is batch_size / process_count.  Every process
+    gets the same number of batches.
+
+  Raises:
+    ValueError: a size or index out of range, at the call.
+  """
+  if batch_size < 1:
+    raise ValueError(f'{split.name}: batch_size must be >= 1; got {batch_size}')
+  rows = _share(batch_size, process_index, process_count)
+  return (
+    _eval_batch(split, start + rows.start, rows.stop - rows.start)
+    for start in range(0, len(split), batch_size)
+  )
+
+
+def normalize(images: np.ndarray, split: sources.Split) -> np.ndarray:
+  """(image / 255 if uint8 - mean) / std, as float32 of the same shape."""
+  scale = 255 if images.dtype == np.uint8 else 1
+  factor = 1 / (scale * np.asarray(split.std))
+  offset = np.asarray(split.mean) / np.asarray(split.std)
+  out = images * factor.astype(np.float32)
+  out -= offset.astype(np.float32)
+  return out
+
+
+def prefetch(iterator: Iterable[T], depth: int = 2) -> Iterator[T]:
+  """Prepares up to `depth` items ahead on a background thread.
+
+  An exception of `iterator` is raised here, after the items before it.  The
+  thread starts with the first item and stops when the iterator is exhausted,
+  closed or dropped.
+
+  Raises:
+    ValueError: `depth` < 1, at the call.
+  """
+  if depth < 1:
+    raise ValueError(f'depth must be >= 1; got {depth}')
+  return _prefetch(iterator, depth)
+
+
+def _share(batch_size, index, count):
+  """The slice of a global batch that belongs to one process."""
+  if count < 1 or not 0 <= index < count:
+    raise ValueError(
+      f'process_index must be in 0..process_count - 1; got {index} of {count}'
+    )
+  if batch_size % count:
+    raise ValueError(
+      f'batch_size {batch_size} is not a multiple of process_count {count}'
+    )
+  size = batch_size // count
+  return slice(index * size, (index + 1) * size)
+
+
+def _random_bits(seed, stream, number):
+  return np.random.Philox(np.random.SeedSequence((seed, stream, number)))
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_order(size, seed, epoch):
+  """A permutation of range(size), int64; kept for the steps of the epoch."""
+  bits = _random_bits(seed, _ORDER, epoch).random_raw(size)
+  order = np.argsort(bits, kind='stable')
+  order.flags.writeable = False
+  return order
+
+
+def _augment(images, augment, bits):
+  """Applies `augment`, driven by bits uint64 [3, B]."""
+  span = 2 * augment.shift + 1
+  if augment.shift:
+    images = _translate(images, augment.shift, *(bits[:2] % span).astype(int))
+  if augment.flip:
+    mirrored = (bits[2] & 1).astype(bool)
+    images[mirrored] = images[mirrored, :, ::-1]
+  return images
+
+
+def _translate(images, most, rows, columns):
+  """Cuts each image out of its zero-padded self, at (rows, columns) [B]."""
+  margin = (most, most)
+  padded = np.pad(images, ((0, 0), margin, margin, (0, 0)))
+  # [B, 2 most + 1, 2 most + 1, C, H, W]: every cut, without a copy.
+  cuts = np.lib.stride_tricks.sliding_window_view(
+    padded, images.shape[1:3], axis=(1, 2)
+  )
+  cut = cuts[np.arange(len(images)), rows, columns]
+  return np.ascontiguousarray(cut.transpose(0, 2, 3, 1))
+
+
+def _eval_batch(split, start, size):
+  """Rows start..start + size; rows past the end are zeros with mask 0."""
+  images = normalize(split.images[start : start + size], split)
+  labels = split.labels[start : start + size]
+  mask = np.ones(len(labels), np.float32)
+  batch = dict(image=images, label=labels, mask=mask)
+  return {k: _fill(v, size) for k, v in batch.items()}
+
+
+def _fill(array, size):
+  """Appends zeros along the first axis."""
+  missing = size - len(array)
+  return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class _End:
+  """Last thing in the queue; carries the exception, if there was one."""
+
+  error: BaseException | None = None
+
+
+def _prefetch(iterator, depth):
+  items: queue.Queue = queue.Queue(depth)
+  stopped = threading.Event()
+  worker = threading.Thread(
+    target=_produce, args=(iterator, items, stopped), daemon=True
+  )
+  worker.start()
+  try:
+    while not isinstance(item := items.get(), _End):
+      yield item
+    if item.error is not None:
+      raise item.error
+  finally:
+    stopped.set()
+    _drain(items)
+    worker.join()
+
+
+def _produce(iterator, items, stopped):
+  """Runs on the thread: fills the queue until the end or until `stopped`."""
+  end = _End()
+  try:
+    for item in iterator:
+      items.put(item)
+      if stopped.is_set():
+        return
+  except BaseException as error:  # The consumer raises it.
+    end = _End(error)
+  items.put(end)
+
+
+def _drain(items):
+  """Makes room, so that a producer that waits in `put` sees the stop."""
+  with contextlib.suppress(queue.Empty):
+    while True:
+      items.get_nowait()

@@ -1,0 +1,190 @@
+"""Walks a marked jaxpr and propagates channel identity through it."""
+
+from collections.abc import Sequence
+import dataclasses
+import itertools
+
+from jax.extend import core as jex_core
+import jax.numpy as jnp
+import numpy as np
+
+from djpq_jax.graph import arrays
+from djpq_jax.graph import labels
+from djpq_jax.graph import products
+from djpq_jax.graph import units as units_lib
+
+CALLS = frozenset(
+  """call checkpoint closed_call core_call custom_jvp_call custom_vjp_call
+  custom_vjp_call_jaxpr jit pjit remat remat2""".split()
+)
+CONSTANT = 'combined with a constant array of fixed size'
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Interpretation:
+  """What one walk over a program found.
+
+  Attributes:
+    ledger: units and products.
+    variables: labels of the axes of each float Variable, by path.
+    inputs: units of the channels of the model's inputs.
+    sums: units that an add joins from different layers.
+  """
+
+  ledger: products.Ledger
+  variables: dict[str, tuple[np.ndarray, ...]]
+  inputs: list[np.ndarray]
+  sums: list[np.ndarray]
+
+
+class Interpreter:
+  """Evaluates a jaxpr on `Traced` values instead of arrays."""
+
+  def __init__(self, batch: int):
+    self.units = units_lib.Units()
+    self.ledger = products.Ledger(self.units, batch)
+    self.sums: list[np.ndarray] = []
+    self._calls = itertools.count()
+
+  def constant(self, value) -> arrays.Traced:
+    """A constant can be combined with any extent only if it has none."""
+    shape = tuple(getattr(value, 'shape', ()))
+    axes = tuple(
+      self.units.opaque(n, CONSTANT) if n != 1 else None for n in shape
+    )
+    return arrays.Traced(shape, axes)
+
+  def run(self, closed, operands, repeat=1) -> list[arrays.Traced]:
+    """Evaluates a jaxpr; `repeat` counts the trips of loops around it."""
+    jaxpr = getattr(closed, 'jaxpr', closed)
+    env = {}
+    for var, value in zip(
+      jaxpr.constvars, getattr(closed, 'consts', ()), strict=True
+    ):
+      env[var] = self.constant(value)
+    env.update(zip(jaxpr.invars, operands, strict=True))
+
+    def read(atom):
+      if isinstance(atom, jex_core.Literal):
+        return self.constant(atom.val)
+      return env[atom]
+
+    for eqn in jaxpr.eqns:
+      outputs = self.equation(eqn, [read(x) for x in eqn.invars], repeat)
+      env.update(zip(eqn.outvars, outputs, strict=True))
+    return [read(x) for x in jaxpr.outvars]
+
+  def equation(self, eqn, operands, repeat) -> list[arrays.Traced]:
+    """Finds the rule of one equation and applies it."""
+    name = eqn.primitive.name
+    if name == 'mac_operands':
+      return self._mark(eqn, operands)
+    if name == 'dot_general':
+      return products.dot_general(self.ledger, eqn, operands, repeat)
+    if name == 'conv_general_dilated':
+      return products.conv_general_dilated(self.ledger, eqn, operands, repeat)
+    if name in CALLS:
+      inner = eqn.params.get('call_jaxpr', eqn.params.get('jaxpr'))
+      return self.run(inner, operands, repeat)
+    if name in ('scan', 'while', 'cond'):
+      return self._control_flow(eqn, operands, repeat)
+    if name in ('add', 'add_any'):
+      self._note_sum(operands)
+    rule = labels.RULES.get(name, labels.opaque)
+    return rule(self.units, eqn, operands)
+
+  def _mark(self, eqn, operands):
+    layer, call = eqn.params['layer'], next(self._calls)
+    tagged = []
+    for x, role in zip(operands, ('inputs', 'kernel'), strict=True):
+      ndim = len(x.shape)
+      tag = arrays.Tag(layer, call, role, ndim, tuple(range(ndim)))
+      tagged.append(dataclasses.replace(x, tag=tag))
+    return tagged
+
+  def _note_sum(self, operands):
+    """Remembers the channels in which outputs of different layers add up."""
+    a, b = operands
+    if not (a.sources and b.sources) or a.sources == b.sources:
+      return
+    if len(a.shape) == len(b.shape):
+      pairs = zip(a.axes, b.axes, strict=True)
+      self.sums += [x for x, y in pairs if x is not None and y is not None]
+
+  def _control_flow(self, eqn, operands, repeat):
+    """Freezes what goes in, and counts the products inside."""
+    name = eqn.primitive.name
+    reason = f'goes through a {name}, which runs its body as a whole'
+    outputs = labels.opaque(self.units, eqn, operands, reason)
+    if name == 'scan':
+      self._scan(eqn, operands, repeat)
+    elif name == 'while':
+      skip = eqn.params['cond_nconsts']
+      self.run(eqn.params['body_jaxpr'], operands[skip:], repeat)
+    else:
+      for branch in eqn.params['branches']:
+        self.run(branch, operands[1:], repeat)
+    found = _layers_inside(self.ledger, eqn)
+    return [dataclasses.replace(x, sources=x.sources | found) for x in outputs]
+
+  def _scan(self, eqn, operands, repeat):
+    p = eqn.params
+    whole = p['num_consts'] + p['num_carry']
+    steps = [
+      dataclasses.replace(x, shape=x.shape[1:], axes=x.axes[1:], tag=None)
+      for x in operands[whole:]
+    ]
+    inner = [*operands[:whole], *steps]
+    self.run(p['jaxpr'], inner, repeat * p['length'])
+
+
+def _layers_inside(ledger, eqn):
+  """Paths of the layers whose operands are marked inside of an equation."""
+  found = set()
+  for jaxpr in jex_core.jaxprs_in_params(eqn.params):
+    for inner in jaxpr.eqns:
+      if inner.primitive.name == 'mac_operands':
+        found.add(inner.params['layer'])
+      found |= _layers_inside(ledger, inner)
+  return frozenset(found & set(ledger.uses))
+
+
+def _input_labels(units, x):
+  """Batch first, channels last, positions between."""
+  if not x.shape:
+    return (), None
+  is_features = len(x.shape) > 1 and jnp.issubdtype(x.dtype, jnp.inexact)
+  axes = [units.opaque(x.shape[0], 'is the batch axis')]
+  axes += [units.opaque(n, labels.POSITION) for n in x.shape[1:]]
+  if is_features:
+    axes[-1] = units.fresh(x.shape[-1])
+    units.freeze(axes[-1], "is the model's input")
+  return tuple(axes), axes[-1] if is_features else None
+
+
+def interpret(program, batch: int) -> Interpretation:
+  """Runs the rules over a marked program."""
+  interpreter = Interpreter(batch)
+  units = interpreter.units
+  operands, variables, inputs = [], {}, []
+  shapes: Sequence = program.jaxpr.in_avals
+  for path, aval in zip(program.variables, shapes, strict=False):
+    if path:
+      axes = tuple(units.fresh(n) for n in aval.shape)
+      variables[path] = axes
+      x = arrays.Traced(aval.shape, axes, params=frozenset([path]))
+    else:
+      x = interpreter.constant(aval)
+    operands.append(x)
+  for aval in program.inputs:
+    axes, features = _input_labels(units, aval)
+    source = frozenset([arrays.INPUT])
+    operands.append(arrays.Traced(aval.shape, axes, sources=source))
+    if features is not None:
+      inputs.append(features)
+  for x in interpreter.run(program.jaxpr, operands):
+    for label in x.axes:
+      units.freeze(label, 'is an output of the model')
+    for path in x.sources - {arrays.INPUT}:
+      interpreter.ledger.uses[path].last = True
+  return Interpretation(interpreter.ledger, variables, inputs, interpreter.sums)

@@ -1,0 +1,246 @@
+"""Rules for products: a MAC layer ties its channels, others freeze them."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from djpq_jax.graph import arrays
+from djpq_jax.graph import labels
+from djpq_jax.graph import units as units_lib
+
+
+@dataclasses.dataclass(eq=False)
+class Use:
+  """What one MAC layer was seen to do, summed over its calls."""
+
+  path: str
+  weights: int = 0
+  macs: int = 0
+  calls: int = 0
+  seen: set[int] = dataclasses.field(default_factory=set)
+  in_axes: tuple[int | None, ...] = ()
+  out_axes: tuple[int | None, ...] = ()
+  in_units: list[np.ndarray] = dataclasses.field(default_factory=list)
+  out_units: list[np.ndarray] = dataclasses.field(default_factory=list)
+  feature_axes: set[int | None] = dataclasses.field(default_factory=set)
+  depthwise: bool = False
+  first: bool = False
+  last: bool = False
+  positions: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ledger:
+  """The units, and the products that were seen so far."""
+
+  units: units_lib.Units
+  batch: int
+  uses: dict[str, Use] = dataclasses.field(default_factory=dict)
+  others: list[tuple[str, int]] = dataclasses.field(default_factory=list)
+
+  def per_example(self, count: int) -> int:
+    """Divides the batch out; what does not depend on it is rounded up."""
+    return -(-count // self.batch)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Product:
+  """Axes of a product, with the kernel (if any) on the right."""
+
+  eqn: object
+  left: arrays.Traced
+  right: arrays.Traced
+  left_axes: tuple[int, ...]  # contracted
+  right_axes: tuple[int, ...]
+  right_free: tuple[int, ...]
+  macs: int
+
+
+def _is_kernel(x):
+  return x.tag is not None and x.tag.role == 'kernel'
+
+
+def dot_general(ledger, eqn, operands, repeat):
+  """Linear layers, attention, einsums."""
+  (lc, rc), (lb, rb) = eqn.params['dimension_numbers']
+  left, right = operands
+  lf = [d for d in range(len(left.shape)) if d not in (*lc, *lb)]
+  rf = [d for d in range(len(right.shape)) if d not in (*rc, *rb)]
+  shape = tuple(eqn.outvars[0].aval.shape)
+  macs = math.prod(shape) * math.prod(left.shape[d] for d in lc)
+  if _is_kernel(left) and not _is_kernel(right):
+    product = _Product(eqn, right, left, rc, lc, tuple(lf), macs)
+  else:
+    product = _Product(eqn, left, right, lc, rc, tuple(rf), macs)
+  units = ledger.units
+  axes = [
+    labels.join_axes(units, [left.axes[i], right.axes[j]], [1, 1], 1)
+    for i, j in zip(lb, rb, strict=True)
+  ]
+  if _is_kernel(product.right):
+    for label in axes:
+      units.freeze(label, f'is a batch axis of {product.right.tag.layer}')
+    for i, j in zip(lc, rc, strict=True):
+      labels.join_axes(units, [left.axes[i], right.axes[j]], [1, 1], 1)
+    use = _record(ledger, product, repeat, shape)
+    _record_axes(use, product)
+    sources, params = frozenset([use.path]), frozenset()
+  else:
+    _record_other(ledger, product, repeat)
+    sources, params = arrays.heritage(operands).values()
+  axes += [left.axes[d] for d in lf] + [right.axes[d] for d in rf]
+  return [arrays.Traced(shape, tuple(axes), None, sources, params)]
+
+
+def _record(ledger, product, repeat, shape):
+  """Adds one product of a marked kernel to what is known of its layer."""
+  tag = product.right.tag
+  use = ledger.uses.setdefault(tag.layer, Use(tag.layer))
+  if tag.call not in use.seen:
+    use.seen.add(tag.call)
+    use.calls += repeat
+  use.weights = math.prod(product.right.shape)
+  use.macs += ledger.per_example(product.macs * repeat)
+  use.first |= arrays.INPUT in product.left.sources
+  features = math.prod(product.right.shape[d] for d in product.right_free)
+  size = math.prod(shape) // max(features, 1)
+  use.positions = max(use.positions, ledger.per_example(size))
+  use.feature_axes.add(_feature_axis(product))
+  return use
+
+
+def _feature_axis(product):
+  """Where the layer's inputs held the channels that the product contracts."""
+  tag = product.left.tag
+  if tag is None or tag.call != product.right.tag.call:
+    return None
+  if len(product.left_axes) != 1:
+    return None
+  axis = tag.axes[product.left_axes[0]]
+  return None if axis is None else axis - tag.ndim
+
+
+def _kernel_axes(x, dims):
+  return tuple(x.tag.axes[d] for d in dims)
+
+
+def _record_axes(use, product):
+  right, left = product.right, product.left
+  use.in_axes = _kernel_axes(right, product.right_axes)
+  use.out_axes = _kernel_axes(right, product.right_free)
+  use.in_units = [
+    right.axes[j] if right.axes[j] is not None else left.axes[i]
+    for i, j in zip(product.left_axes, product.right_axes, strict=True)
+  ]
+  use.out_units = [right.axes[d] for d in product.right_free]
+
+
+def _record_other(ledger, product, repeat):
+  """A product outside of the MAC layers: nobody can gate its operands."""
+  left, right, units = product.left, product.right, ledger.units
+  name = product.eqn.primitive.name
+  raw = sorted(
+    path for x in (left, right) if not x.sources for path in x.params
+  )
+  if raw:
+    reason = f'multiplied with the raw parameter {"+".join(raw)} ({name})'
+  else:
+    reason = f'contracted by a product of two activations ({name})'
+  shapes = f'{list(left.shape)} x {list(right.shape)}'
+  what = 'raw parameter ' + '+'.join(raw) if raw else 'two activations'
+  macs = ledger.per_example(product.macs * repeat)
+  ledger.others.append((f'{name} of {what}, {shapes}', macs))
+  for x, dims in ((left, product.left_axes), (right, product.right_axes)):
+    # A parameter's free axes become channels that no layer produces.
+    whole = raw and not x.sources
+    for d in range(len(x.shape)) if whole else dims:
+      units.freeze(x.axes[d], reason)
+
+
+def conv_general_dilated(ledger, eqn, operands, repeat):
+  """Convolutions: dense, grouped, depthwise, transposed."""
+  left, right = operands
+  if eqn.params['batch_group_count'] != 1:
+    return labels.opaque(ledger.units, eqn, operands)
+  product = _conv_product(eqn, left, right)
+  shape = tuple(eqn.outvars[0].aval.shape)
+  out_label = right.axes[eqn.params['dimension_numbers'].rhs_spec[0]]
+  if _is_kernel(right):
+    use = _record(ledger, product, repeat, shape)
+    _tie_conv(ledger.units, product, use)
+    sources, params = frozenset([use.path]), frozenset()
+  else:
+    _record_other(ledger, product, repeat)
+    for x in operands:
+      for label in x.axes:
+        ledger.units.freeze(label, 'convolved outside of a layer')
+    sources, params = arrays.heritage(operands).values()
+  axes = _conv_axes(ledger.units, eqn, left, out_label)
+  return [arrays.Traced(shape, axes, None, sources, params)]
+
+
+def _conv_product(eqn, left, right):
+  numbers, p = eqn.params['dimension_numbers'], eqn.params
+  taps = math.prod(right.shape[d] for d in numbers.rhs_spec[1:])
+  positions = math.prod(eqn.outvars[0].aval.shape)
+  if math.prod(p['lhs_dilation']) != 1:
+    # Of a transposed convolution only the real inputs count: each meets all
+    # taps, whatever zeros stand between them.
+    batch, _, *spatial = numbers.lhs_spec
+    inputs = math.prod(left.shape[d] for d in (batch, *spatial))
+    positions = inputs * right.shape[numbers.rhs_spec[0]]
+    positions //= math.prod(p['window_strides'])
+  return _Product(
+    eqn,
+    left,
+    right,
+    (numbers.lhs_spec[1],),
+    (numbers.rhs_spec[1],),
+    (numbers.rhs_spec[0],),
+    positions * taps,
+  )
+
+
+def _tie_conv(units, product, use):
+  """Dense, depthwise or grouped: who depends on whom."""
+  left, right = product.left, product.right
+  channels = left.shape[product.left_axes[0]]
+  features = right.shape[product.right_free[0]]
+  groups = product.eqn.params['feature_group_count']
+  ins = left.axes[product.left_axes[0]]
+  kernel_ins = right.axes[product.right_axes[0]]
+  outs = right.axes[product.right_free[0]]
+  _record_axes(use, product)
+  if groups == 1:
+    labels.join_axes(units, [ins, kernel_ins], [1, 1], 1)
+    return
+  use.depthwise = groups == channels == features
+  if ins is None:
+    ins = units.opaque(channels, labels.POSITION)
+  use.in_units = [ins]
+  if use.depthwise:
+    labels.join_axes(units, [ins, outs], [1, 1], 1)
+    return
+  multiplier = groups == channels
+  reason = (
+    f'depthwise convolution with a channel multiplier in {use.path}'
+    if multiplier
+    else f'grouped convolution in {use.path}'
+  )
+  for label in (ins, kernel_ins, outs):
+    units.freeze(label, reason)
+
+
+def _conv_axes(units, eqn, left, out_label):
+  """Labels of the output: positions are new where the window moves."""
+  numbers, shape = eqn.params['dimension_numbers'], eqn.outvars[0].aval.shape
+  axes = [None] * len(shape)
+  axes[numbers.out_spec[0]] = left.axes[numbers.lhs_spec[0]]
+  axes[numbers.out_spec[1]] = out_label
+  for source, target in zip(
+    numbers.lhs_spec[2:], numbers.out_spec[2:], strict=True
+  ):
+    units.freeze(left.axes[source], 'convolved over')
+    axes[target] = units.opaque(shape[target], labels.POSITION)
+  return tuple(axes)

@@ -1,0 +1,116 @@
+"""What `trace` returns: the MAC layers and the channel groups that tie them."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MacLayer:
+  """A layer that multiplies and accumulates, as the traced model uses it.
+
+  Attributes:
+    path: '/'-joined module path, e.g. 'blocks/0/conv1'.
+    kind: class name, e.g. 'Conv', 'Linear', 'LinearGeneral', 'Einsum'.
+    macs: multiply-accumulates per example of the dense layer, over all calls.
+      Zero padding counts; the zeros that a dilated input inserts do not.
+    calls: how often the model calls the layer in one forward pass.
+    weights: kernel elements.
+    feature_axis: axis (negative) of the layer's `inputs` that holds the input
+      channels; None if several axes are contracted.
+    in_axis: kernel axis of the input channels, None if several. The kernel of a
+      grouped or depthwise convolution is shorter there than `in_group`.
+    out_axis: kernel axis of the output channels, None if several.
+    in_group: int [n_in], index into `ChannelGraph.groups` of each input
+      channel; -1 where the channel was not traced to a group.
+    in_channel: int [n_in], its index inside that group.
+    out_group: int [n_out], likewise for the outputs.
+    out_channel: int [n_out].
+    depthwise: output channel i depends on input channel i and no other.
+    first: the model's input reaches it without passing another MAC layer.
+    last: it reaches a model output without passing another MAC layer.
+  """
+
+  path: str
+  kind: str
+  macs: int
+  calls: int
+  weights: int
+  feature_axis: int | None
+  in_axis: int | None
+  out_axis: int | None
+  in_group: np.ndarray
+  in_channel: np.ndarray
+  out_group: np.ndarray
+  out_channel: np.ndarray
+  depthwise: bool
+  first: bool
+  last: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ParamSlice:
+  """The part of one Variable's axis that the channels of a group own.
+
+  Attributes:
+    path: '/'-joined path of the Variable, e.g. 'conv1/kernel' or 'bn1/mean'.
+    axis: axis of the Variable.
+    indices: int [size, k], positions on the axis owned by each channel; k > 1
+      after a flatten with spatial extent, or where a channel is read twice.
+  """
+
+  path: str
+  axis: int
+  indices: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChannelGroup:
+  """Channels that can only be cut together, everywhere they appear.
+
+  Attributes:
+    name: readable and unique: the producers joined with '+', e.g. 'conv1' or
+      'stem+blocks/0/conv2'; 'input' for the model's input.
+    size: number of channels.
+    slices: what each channel owns in the model's Variables.
+    producers: paths of the MAC layers that write the channels.
+    consumers: paths of the MAC layers that read them.
+    passes: paths of the depthwise layers that pass them through.
+    residual: an add joins the outputs of several producers.
+    positions: elements per channel and example in the feature map that a
+      producer writes (product of the other dimensions), the largest over the
+      producers; 1 for a group without a producer.
+    reason: '' if channels can be removed, else in words why not.
+  """
+
+  name: str
+  size: int
+  slices: tuple[ParamSlice, ...]
+  producers: tuple[str, ...]
+  consumers: tuple[str, ...]
+  passes: tuple[str, ...]
+  residual: bool
+  positions: int
+  reason: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChannelGraph:
+  """The MAC layers of a model in execution order, and what ties them.
+
+  Attributes:
+    layers: MAC layers by path, in execution order.
+    groups: channel groups; `MacLayer.in_group` indexes them.
+    other_macs: (description, multiply-accumulates per example) of each product
+      outside of the layers: two activations, or a raw parameter.
+  """
+
+  layers: dict[str, MacLayer]
+  groups: tuple[ChannelGroup, ...]
+  other_macs: tuple[tuple[str, int], ...]
+
+  @property
+  def float_macs(self) -> int:
+    """Multiply-accumulates per example of the whole dense model."""
+    inside = sum(layer.macs for layer in self.layers.values())
+    return inside + sum(macs for _, macs in self.other_macs)

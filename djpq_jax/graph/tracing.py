@@ -1,0 +1,146 @@
+"""`trace`: finds a model's MAC layers and the channels that go together."""
+
+from collections.abc import Sequence
+import dataclasses
+
+from flax import nnx
+import jax
+from jax.extend import core as jex_core
+import numpy as np
+
+from djpq_jax.graph import grouping
+from djpq_jax.graph import interpret
+from djpq_jax.graph import marking
+from djpq_jax.graph import records
+from djpq_jax.graph import surgery
+
+
+def trace(model: nnx.Module, *args, **kwargs) -> records.ChannelGraph:
+  """Traces `model(*args, **kwargs)` and groups its channels.
+
+  Nothing is computed: the model runs on shapes only, and is used in the mode in
+  which it is passed (see `flax.nnx.view`). What the trace cannot follow makes a
+  group unprunable, with the reason in `ChannelGroup.reason`. Groups that seem
+  prunable are tried: slices of them must run, and must run the same program.
+
+  Args:
+    model: any `nnx.Module`; it is not changed.
+    *args: arrays or `jax.ShapeDtypeStruct`s, batch axis first and channels
+      last; anything else is passed on as it is.
+    **kwargs: likewise.
+
+  Returns:
+    The graph of MAC layers and channel groups.
+
+  Raises:
+    ValueError: if there is no array argument, if the model's call fails, or if
+      it calls no MAC layer.
+  """
+  batch = _batch_size(args, kwargs)
+  try:
+    program = marking.program(model, args, kwargs)
+  except Exception as error:
+    shapes = [x.shape for x in jax.tree.leaves((args, kwargs)) if _is_array(x)]
+    raise ValueError(
+      f'cannot trace {type(model).__name__} on arguments of shapes {shapes}: '
+      f'{_first_line(error)}'
+    ) from error
+  found = interpret.interpret(program, batch)
+  if not found.ledger.uses:
+    raise ValueError(
+      f'{type(model).__name__} calls no MAC layer (Conv, Linear, '
+      'LinearGeneral, Einsum, ConvTranspose or a module like them with a '
+      'promote_dtype hook and a kernel)'
+    )
+  graph = grouping.build(found, program.kinds)
+  return _verified(graph, model, args, kwargs, program)
+
+
+_is_array = marking.is_array
+
+
+def _batch_size(args, kwargs) -> int:
+  for x in jax.tree.leaves((args, kwargs)):
+    if _is_array(x) and x.shape:
+      return x.shape[0]
+  raise ValueError('trace needs an array argument with a leading batch axis')
+
+
+def _first_line(error) -> str:
+  lines = str(error).strip().splitlines() or ['']
+  return f'{type(error).__name__}: {lines[0]}'
+
+
+def _verified(graph, model, args, kwargs, program):
+  """Freezes groups whose size is written down in the model's own code."""
+  model = marking.abstract(model)
+  script = _script(program.jaxpr)
+  names = [group.name for group in graph.groups if not group.reason]
+
+  def failure(names: Sequence[str]) -> str:
+    keep = _probe(graph, names)
+    try:
+      sliced = surgery.slice_channels(model, graph, keep)
+      again = marking.program(sliced, args, kwargs)
+    except Exception as error:
+      return _first_line(error)
+    if again.outputs != program.outputs:
+      was = [x.shape for x in program.outputs]
+      now = [x.shape for x in again.outputs]
+      return f'outputs of shapes {was} became {now}'
+    if _script(again.jaxpr) != script:
+      return 'it computes something else with another size'
+    return ''
+
+  offenders = _offenders(failure, names)
+  rest = [name for name in names if name not in offenders]
+  if offenders and (together := failure(rest)):
+    offenders |= dict.fromkeys(rest, together)
+  groups = tuple(
+    dataclasses.replace(
+      group,
+      reason=f"the model's code fixes this size: {offenders[group.name]}",
+    )
+    if group.name in offenders
+    else group
+    for group in graph.groups
+  )
+  return dataclasses.replace(graph, groups=groups)
+
+
+def _probe(graph, names):
+  """Masks that drop another number of channels in each group.
+
+  Equal or proportional sizes could hide a size that the model computes from
+  another group.
+  """
+  masks = {}
+  for i, group in enumerate(graph.groups):
+    if group.name in names:
+      drop = 1 + (7 * i + 2) % max(1, group.size // 2)
+      masks[group.name] = np.arange(group.size) < group.size - drop
+  return masks
+
+
+def _offenders(failure, names) -> dict[str, str]:
+  """Bisects the groups that cannot be sliced."""
+  if not names or not (error := failure(names)):
+    return {}
+  if len(names) == 1:
+    return {names[0]: error}
+  half = len(names) // 2
+  return _offenders(failure, names[:half]) | _offenders(failure, names[half:])
+
+
+def _script(closed) -> list:
+  """The primitives and scalars of a program: all but the sizes."""
+  script: list = []
+  jaxpr = getattr(closed, 'jaxpr', closed)
+  for eqn in jaxpr.eqns:
+    script.append(eqn.primitive.name)
+    for x in eqn.invars:
+      if isinstance(x, jex_core.Literal):
+        script.append(np.asarray(x.val).tobytes())
+    for inner in jex_core.jaxprs_in_params(eqn.params):
+      script.extend(_script(inner))
+  return script

@@ -1,0 +1,226 @@
+"""From a finetuned model to the one that is deployed: integers and scales.
+
+A hardened model is called like the original.  Channels are gone, each kernel
+is an integer array with a step, each input has a fixed grid; gates that are
+left are per-channel scales, and batch norm keeps its own.  It runs its
+integers carried in float32, which is exact as long as products and sums stay
+below 2**24.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from flax import nnx
+import jax.numpy as jnp
+import numpy as np
+
+from djpq_jax import compress
+from djpq_jax import graph as graph_lib
+from djpq_jax import layers
+from djpq_jax.ops import quantize
+
+
+class Constant(nnx.Variable):
+  """A number that training settled: a step, a clip or a scale."""
+
+
+class Dequantizer(nnx.Module):
+  """Turns an integer kernel back into multiples of its step."""
+
+  def __init__(self, step):
+    self.step = Constant(step)
+
+  def __call__(self, kernel):
+    """int [..., out] -> float32 of the same shape."""
+    return kernel.astype(jnp.float32) * self.step[...]
+
+
+class FixedQuantizer(nnx.Module):
+  """Rounds a layer's input to its settled grid."""
+
+  def __init__(self, step, clip, *, signed: bool):
+    self.step = Constant(step)
+    self.clip = Constant(clip)
+    self.signed = signed
+
+  def __call__(self, x):
+    """float array -> multiples of the step, same shape and dtype."""
+    return quantize.quantize(
+      x, self.step[...], self.clip[...], signed=self.signed
+    )
+
+  def bits(self) -> int:
+    """Bits that its largest level takes."""
+    top = int(
+      jnp.max(
+        quantize.quantize_to_int(
+          self.clip[...], self.step[...], self.clip[...], signed=self.signed
+        )
+      )
+    )
+    return bits_of(top, signed=self.signed)
+
+
+class Scales(nnx.Module):
+  """What is left of a group's gates: one factor per kept channel, [size]."""
+
+  def __init__(self, scale):
+    self.scale = Constant(scale)
+
+  def mean(self):
+    """The factors, [1, size]."""
+    return self.scale[...][None]
+
+
+class HardenedModel(compress.Compressed):
+  """A smaller model of integers; called like the model it came from."""
+
+
+def bits_of(largest: int, *, signed: bool) -> int:
+  """Whole bits that hold 0..largest, and -largest if signed; at least 1 or 2.
+
+  >>> bits_of(7, signed=True), bits_of(7, signed=False), bits_of(8, signed=False)
+  (4, 3, 4)
+  """
+  return max(1, math.ceil(math.log2(largest + 1))) + int(signed)
+
+
+def harden(model: compress.Compressed) -> HardenedModel:
+  """Rounds a frozen model for good.
+
+  Args:
+    model: from `compress.freeze`, usually finetuned.
+
+  Returns:
+    A new model with integer kernels; its predictions are the frozen model's.
+
+  Raises:
+    ValueError: the model still has channels and bits to settle, or a
+      variable of it is not finite (named).
+  """
+  if model.structure.plan is None:
+    raise ValueError(
+      'harden needs a model whose channels and bits are settled: freeze it '
+      'with a plan first'
+    )
+  for path, value in nnx.to_flat_state(nnx.state(model)):
+    value = value[...] if isinstance(value, nnx.Variable) else value
+    if jnp.issubdtype(value.dtype, jnp.floating) and not jnp.all(
+      jnp.isfinite(value)
+    ):
+      raise ValueError(
+        f'{"/".join(map(str, path))} is not finite; nothing was hardened'
+      )
+  inner = nnx.clone(compress.eval_view(model.model))
+  gates = [Scales(gate.mu[...]) for gate in model.gates]
+  hardened = HardenedModel(inner, gates, model.structure)
+  for hook in compress.hooks(hardened):
+    if hook.operands.weight is not None:
+      _settle(hook)
+  return hardened
+
+
+def _settle(hook: compress.Hook):
+  weight, act = hook.operands.weight, hook.operands.act
+  integers = weight.integers(hook.layer.kernel[...])
+  width = int(jnp.max(jnp.abs(integers)))
+  dtype = jnp.int8 if width < 2**7 else jnp.int16
+  hook.layer.kernel = layers.IntegerParam(integers.astype(dtype))
+  hook.operands.weight = nnx.data(Dequantizer(weight.grid()[0]))
+  step, clip, _ = act.grid()
+  hook.operands.act = nnx.data(FixedQuantizer(step, clip, signed=act.signed))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerReport:
+  """What one layer of a hardened model is and costs."""
+
+  name: str
+  kind: str
+  in_size: int  # channels of the dense layer's input
+  out_size: int
+  kept_in: int
+  kept_out: int
+  weight_bits: int  # 32 for a layer left in float32
+  act_bits: int
+  macs: int  # multiply-accumulates per example
+  float_macs: int  # of the dense layer
+  bops: int  # bit operations per example
+  weights: int  # kernel elements left
+
+
+def count(model: HardenedModel, *args) -> list[LayerReport]:
+  """Counts a hardened model from what it holds, not from how it was made.
+
+  MACs come from tracing the sliced model, bits from its integers and grids.
+
+  Args:
+    model: a hardened model.
+    *args: a batch of inputs, or `jax.ShapeDtypeStruct`s.
+
+  Returns:
+    One report per layer in execution order; products outside of layers, as in
+    attention, are rows of kind 'product' at 32 x 32 bits.
+  """
+  dense = model.structure.graph
+  traced = graph_lib.trace(model, *args)
+  found = {path: (layer, ops_) for path, layer, ops_ in compress.hooks(model)}
+  rows = []
+  for name, was in dense.layers.items():
+    now = traced.layers[f'model/{name}']
+    layer, operands = found[name]
+    weight_bits = act_bits = compress.FLOAT_BITS
+    if isinstance(operands.weight, Dequantizer):
+      top = int(np.max(np.abs(np.asarray(layer.kernel[...], np.int64))))
+      weight_bits = bits_of(top, signed=True)
+      act_bits = operands.act.bits()
+    rows.append(
+      LayerReport(
+        name=name,
+        kind=was.kind,
+        in_size=len(was.in_group),
+        out_size=len(was.out_group),
+        kept_in=len(now.in_group),
+        kept_out=len(now.out_group),
+        weight_bits=weight_bits,
+        act_bits=act_bits,
+        macs=now.macs,
+        float_macs=was.macs,
+        bops=now.macs * weight_bits * act_bits,
+        weights=now.weights,
+      )
+    )
+  return rows + [_product(name, macs) for name, macs in traced.other_macs]
+
+
+def _product(name: str, macs: int) -> LayerReport:
+  bits = compress.FLOAT_BITS
+  return LayerReport(
+    name=name,
+    kind='product',
+    in_size=0,
+    out_size=0,
+    kept_in=0,
+    kept_out=0,
+    weight_bits=bits,
+    act_bits=bits,
+    macs=macs,
+    float_macs=macs,
+    bops=macs * bits * bits,
+    weights=0,
+  )
+
+
+def totals(model: HardenedModel, rows: list[LayerReport]) -> dict[str, Any]:
+  """Sums of a count: MACs, BOPs, their dense float32 values, and the ratio."""
+  float_macs = model.structure.graph.float_macs
+  float_bops = compress.FLOAT_BITS**2 * float_macs
+  bops = sum(row.bops for row in rows)
+  return {
+    'macs': sum(row.macs for row in rows),
+    'float_macs': float_macs,
+    'bops': bops,
+    'float_bops': float_bops,
+    'relative_bops': bops / float_bops,
+  }

@@ -1,0 +1,108 @@
+"""One optimizer per kind of variable: weights, quantizers, gates."""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import optax
+
+from djpq_jax import layers
+
+KINDS = {'gates': layers.GateParam, 'quantizers': layers.QuantParam}
+KINDS |= {'weights': nnx.Param}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """How one training phase optimizes.
+
+  Attributes:
+    name: 'adam' (decoupled weight decay) or 'sgd' (Nesterov momentum).
+    learning_rate: peak rate of the weights.
+    weight_decay: decay of kernels; biases and norm scales have none.
+    momentum: of sgd.
+    warmup: fraction of the steps with a linearly rising rate.
+    quantizer_rate: peak Adam rate of log clips, steps and exponents.
+    gate_rate: peak Adam rate of gate means and log variances.
+    clip_norm: largest global norm of the weights' gradients.
+    decay_gates: whether the rates of gates and quantizers fall as the
+      weights' do.
+  """
+
+  name: str = 'adam'
+  learning_rate: float = 1e-3
+  weight_decay: float = 1e-4
+  momentum: float = 0.9
+  warmup: float = 0.05
+  quantizer_rate: float = 1e-2
+  gate_rate: float = 3e-2
+  clip_norm: float = 5.0
+  decay_gates: bool = True
+
+  def __post_init__(self):
+    if self.name not in ('adam', 'sgd'):
+      raise ValueError(
+        f"optimizer name must be 'adam' or 'sgd', got {self.name!r}"
+      )
+    if not self.learning_rate > 0:
+      raise ValueError(
+        f'learning_rate must be positive, got {self.learning_rate}'
+      )
+
+
+def split(model) -> tuple[nnx.GraphDef, dict[str, Any], Any]:
+  """Splits a model by what its variables are.
+
+  Returns:
+    (graphdef, {'gates', 'quantizers', 'weights': pure states}, the rest:
+    batch statistics, random states, integers).
+  """
+  graphdef, *states = nnx.split(model, *KINDS.values(), ...)
+  *kinds, rest = map(nnx.as_pure, states)
+  return graphdef, dict(zip(KINDS, kinds)), rest
+
+
+def merge(graphdef, params: Mapping[str, Any], rest):
+  """Puts back together what `split` took apart."""
+  return nnx.merge(graphdef, *(params[k] for k in KINDS), rest)
+
+
+def cosine(rate: float, steps: int, warmup: float) -> optax.Schedule:
+  """A linear rise, then half a cosine down to zero at `steps`."""
+  rise = int(round(warmup * steps))
+  return optax.warmup_cosine_decay_schedule(
+    rate / 10 if rise else rate, rate, rise, max(steps, rise + 1)
+  )
+
+
+def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+  """One chain per kind, for params as `split` gives them."""
+  schedule = cosine(config.learning_rate, steps, config.warmup)
+  decay = optax.add_decayed_weights(config.weight_decay, mask=_is_kernel)
+  if config.name == 'adam':
+    rule = [optax.scale_by_adam(), decay]
+  else:
+    rule = [decay, optax.trace(config.momentum, nesterov=True)]
+
+  def adam(rate):
+    if config.decay_gates:
+      return optax.adam(cosine(rate, steps, config.warmup))
+    return optax.adam(rate)
+
+  chains = {
+    'weights': optax.chain(
+      optax.clip_by_global_norm(config.clip_norm),
+      *rule,
+      optax.scale_by_learning_rate(schedule),
+    ),
+    'quantizers': adam(config.quantizer_rate),
+    'gates': adam(config.gate_rate),
+  }
+  return optax.multi_transform(chains, {k: k for k in chains})
+
+
+def _is_kernel(params):
+  return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)

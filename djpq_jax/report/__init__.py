@@ -1,0 +1,41 @@
+"""What a run reports: `report.json`, the table on the terminal, the pictures.
+
+A report is a dict. It always holds the keys in `KEYS`, and per layer those in
+`LAYER_KEYS`. It may also hold
+
+* `float_bytes`: the size of the float32 parameters, in bytes;
+* per layer `in_size`, `out_size` (channels before pruning) and `float_macs`;
+* `history`, one record per logged step: `step`, `phase`, and any of `loss`,
+  `accuracy`, `eval_accuracy`, `relative_bops`, `mean_weight_bits`,
+  `mean_act_bits`, `kept_fraction`;
+* `groups`, one record per channel group: `name`, `size`, `kept`, `reason`
+  (why it could not be pruned; None or empty if it could).
+
+Accuracies, relative BOPs, the budget and kept fractions are fractions of one.
+"""
+
+from djpq_jax.report.pictures import plot_curves
+from djpq_jax.report.pictures import plot_layers
+from djpq_jax.report.record import FILE_NAME
+from djpq_jax.report.record import KEYS
+from djpq_jax.report.record import LAYER_KEYS
+from djpq_jax.report.record import read
+from djpq_jax.report.record import write
+from djpq_jax.report.text import headline
+from djpq_jax.report.text import print_report
+from djpq_jax.report.text import summary
+from djpq_jax.report.text import table
+
+__all__ = [
+  'FILE_NAME',
+  'KEYS',
+  'LAYER_KEYS',
+  'headline',
+  'plot_curves',
+  'plot_layers',
+  'print_report',
+  'read',
+  'summary',
+  'table',
+  'write',
+]

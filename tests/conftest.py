@@ -1,0 +1,41 @@
+"""Four host devices and strict arithmetic, for every test.
+
+Ranks never broadcast silently. Dtypes never promote silently either, except
+in tests that run other people's arithmetic: optax schedules multiply int32
+counts by float32, and flax norms mix bfloat16 with float32 statistics. Those
+tests carry `pytest.mark.standard_promotion`, or live in a file named below.
+"""
+
+import contextlib
+import os
+
+# Before jax is imported: the parallel tests need several devices on a CPU.
+_FLAG = '--xla_force_host_platform_device_count'
+if _FLAG not in os.environ.get('XLA_FLAGS', ''):
+  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_FLAG}=4'
+
+# These tests are for a CPU; JAX_PLATFORMS=cuda overrides.
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import jax
+import pytest
+
+jax.config.update('jax_numpy_dtype_promotion', 'strict')
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+# They run whole training loops, schedules and norms included.
+_STANDARD_PROMOTION = {'cli_test', 'end_to_end_test', 'optim_test'}
+_STANDARD_PROMOTION |= {'train_test', 'parallel_test'}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+  """Covers the fixtures of a test too, whatever their scope."""
+  relaxed = (
+    item.path.stem in _STANDARD_PROMOTION
+    or item.get_closest_marker('standard_promotion') is not None
+  )
+  with contextlib.ExitStack() as stack:
+    if relaxed:
+      stack.enter_context(jax.numpy_dtype_promotion('standard'))
+    return (yield)

@@ -1,0 +1,308 @@
+"""The file survives a round trip, bad files are named, pictures are drawn."""
+
+import copy
+import io
+import json
+import math
+import pathlib
+import struct
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+import rich.console
+
+from djpq_jax import report as report_lib
+
+
+def _layer(name, channels, bits, macs, float_macs):
+  (kept_in, in_size), (kept_out, out_size) = channels
+  weight_bits, act_bits = bits
+  return dict(
+    name=name,
+    kept_in=kept_in,
+    kept_out=kept_out,
+    weight_bits=weight_bits,
+    act_bits=act_bits,
+    macs=macs,
+    bops=macs * weight_bits * act_bits,
+    in_size=in_size,
+    out_size=out_size,
+    float_macs=float_macs,
+  )
+
+
+def _history():
+  rows = []
+  for step in range(0, 60, 10):
+    phase = ('float', 'search', 'finetune')[step // 20]
+    row = dict(step=step, phase=phase, loss=1.0, accuracy=0.5 + step / 150)
+    if phase != 'float':
+      row |= dict(relative_bops=0.1 / (step + 1), kept_fraction=0.5)
+      row |= dict(mean_weight_bits=4.5, mean_act_bits=5.0)
+    rows.append(row | {'eval_accuracy': 0.9 if step % 20 else None})
+  return rows
+
+
+@pytest.fixture
+def report():
+  layers = [
+    _layer('conv1', ((1, 1), (10, 32)), (4, 8), 5760, 18432),
+    _layer('conv2', ((10, 32), (16, 64)), (3, 3), 92160, 1179648),
+    _layer('fc', ((16, 64), (10, 10)), (4, 4), 160, 640),
+  ]
+  bops = sum(l['bops'] for l in layers)
+  float_macs = sum(l['float_macs'] for l in layers)
+  return dict(
+    float_accuracy=0.9899244,
+    accuracy=0.98488665,
+    budget=0.002,
+    relative_bops=bops / (1024 * float_macs),
+    bops=bops,
+    float_bops=1024 * float_macs,
+    macs=sum(l['macs'] for l in layers),
+    float_macs=float_macs,
+    artifact='artifact',
+    artifact_bytes=12345,
+    float_bytes=78000,
+    seconds=101.7,
+    seed=0,
+    config={'model': {'name': 'cnn'}, 'kernel': (3, 3)},
+    layers=layers,
+    groups=[
+      dict(name='conv1', size=32, kept=10, reason=None),
+      dict(name='fc', size=10, kept=10, reason='output of the model'),
+      dict(name='image', size=1, kept=1, reason='input of the model'),
+    ],
+    history=_history(),
+  )
+
+
+def _printed(report, width=80):
+  out = io.StringIO()
+  console = rich.console.Console(file=out, width=width)
+  report_lib.print_report(report, console)
+  return out.getvalue()
+
+
+def test_round_trip(report, tmp_path):
+  path = report_lib.write(report, tmp_path / 'new' / 'folder')
+  assert path == tmp_path / 'new' / 'folder' / 'report.json'
+  expected = json.loads(json.dumps(report))
+  read = report_lib.read(path.parent)
+  assert read.pop('relative_bops') == pytest.approx(
+    expected.pop('relative_bops'), rel=1e-8
+  )
+  assert read == expected
+  assert report_lib.read(path) == report_lib.read(path.parent)
+
+
+def test_accepts_what_training_hands_over(report, tmp_path):
+  report |= dict(
+    accuracy=np.float32(0.75),
+    float_accuracy=jnp.asarray(0.875),
+    bops=np.int64(2**60 + 1),
+    artifact=pathlib.Path('runs', 'a'),
+    config=ml_collections.ConfigDict({'lr': 0.1, 'betas': (0.9, 0.99)}),
+  )
+  read = report_lib.read(report_lib.write(report, tmp_path))
+  assert read['accuracy'] == 0.75
+  assert read['float_accuracy'] == 0.875
+  assert read['bops'] == 2**60 + 1
+  assert read['artifact'] == 'runs/a'
+  assert read['config'] == {'lr': 0.1, 'betas': [0.9, 0.99]}
+
+
+def test_file_is_readable(report, tmp_path):
+  report['history'][0]['loss'] = float(np.float32(0.1))
+  lines = report_lib.write(report, tmp_path).read_text().splitlines()
+  assert lines[1] == '  "config": {'
+  assert any(line.startswith('    {"name": "conv2"') for line in lines)
+  keys = list(report_lib.read(tmp_path))
+  assert keys[-3:] == ['layers', 'groups', 'history']
+  # One line per record, and nine digits tell every float32 apart.
+  assert '"loss": 0.100000001, ' in next(l for l in lines if '"step": 0' in l)
+  assert len(lines) < 50
+
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf, np.float32('nan')])
+def test_a_number_that_is_none_is_named(report, tmp_path, bad):
+  report_lib.write(report, tmp_path)
+  before = (tmp_path / 'report.json').read_bytes()
+  broken = copy.deepcopy(report)
+  broken['history'][3]['loss'] = bad
+  with pytest.raises(ValueError, match=r'report\.history\[3\]\.loss is'):
+    report_lib.write(broken, tmp_path)
+  # The older report stands, and no half-written file lies beside it.
+  assert (tmp_path / 'report.json').read_bytes() == before
+  assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_write_names_missing_keys(report, tmp_path):
+  del report['budget'], report['seed']
+  with pytest.raises(ValueError, match='lacks seed, budget'):
+    report_lib.write(report, tmp_path)
+  with pytest.raises(TypeError, match=r'report\.config is a object'):
+    report_lib.write(report | {'config': object()}, tmp_path)
+
+
+def test_read_without_report(tmp_path):
+  with pytest.raises(FileNotFoundError, match='no report in'):
+    report_lib.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [
+    (b'', 'truncated or not JSON'),
+    (b'\xff\xfe\x00', 'truncated or not JSON'),
+    (b'{"accuracy": NaN}', 'truncated or not JSON: NaN'),
+    (b'[1, 2]', 'is not a report: it holds a list'),
+    (b'{"name": "something", "version": 3}', 'is not a report: it lacks'),
+  ],
+)
+def test_read_foreign_file(tmp_path, content, message):
+  (tmp_path / 'report.json').write_bytes(content)
+  with pytest.raises(ValueError, match=message) as info:
+    report_lib.read(tmp_path)
+  assert str(tmp_path) in str(info.value)
+
+
+def test_read_truncated(report, tmp_path):
+  path = report_lib.write(report, tmp_path)
+  path.write_text(path.read_text()[:-40])
+  with pytest.raises(ValueError, match=r'truncated or not JSON: .* line'):
+    report_lib.read(tmp_path)
+
+
+def test_read_names_the_bad_layer(report, tmp_path):
+  path = report_lib.write(report, tmp_path)
+  content = json.loads(path.read_text())
+  del content['layers'][1]['bops']
+  path.write_text(json.dumps(content))
+  with pytest.raises(ValueError, match="lacks bops in layer 'conv2'"):
+    report_lib.read(tmp_path)
+  path.write_text(json.dumps(content | {'layers': 'conv1'}))
+  with pytest.raises(ValueError, match='layers that are not a list'):
+    report_lib.read(tmp_path)
+
+
+def test_printed_report(report):
+  lines = [line.rstrip() for line in _printed(report).splitlines()]
+  assert (
+    lines
+    == """\
+                             Wgt   Act                    BOPs
+Layer     Inputs   Outputs  bits  bits    MACs    BOPs   share
+──────────────────────────────────────────────────────────────
+conv1     1 of 1  10 of 32     4     8  5.76 k   184 k  18.1 %
+conv2   10 of 32  16 of 64     3     3  92.2 k   829 k  81.6 %
+fc      16 of 64  10 of 10     4     4     160  2.56 k   0.3 %
+
+total                                   98.1 k  1.02 M   100 %
+
+Not pruned: fc (output of the model)
+Not pruned: image (input of the model)
+
+                       float32  hardened
+────────────────────────────────────────────────────────
+accuracy               98.99 %   98.49 %    -0.50 points
+MACs                    1.20 M    98.1 k     12.2x fewer
+bit operations (BOPs)   1.23 G    1.02 M    1210x fewer
+size                   78.0 kB   12.3 kB    6.3x smaller
+
+BOPs: 0.0828 % of float32 (1210x fewer), budget 0.002 %
+""".splitlines()
+  )
+
+
+def test_long_names_fold_at_80_columns(report):
+  name = 'encoder.stages.3.blocks.11.shortcut.projection.conv'
+  report['layers'][0]['name'] = name
+  lines = _printed(report).splitlines()
+  assert max(map(len, lines)) <= 80
+  column = ''.join(line.split('  ')[0].strip() for line in lines[2:8])
+  assert name in column
+
+
+def test_names_are_no_markup(report):
+  report['layers'][0]['name'] = '[red]x[/]'
+  report['groups'][1]['name'] = '[bold]y[/]'
+  printed = _printed(report)
+  assert '[red]x[/]' in printed
+  assert '[bold]y[/]' in printed
+
+
+def test_optional_parts_may_lack(report):
+  for key in ('float_bytes', 'groups', 'history'):
+    del report[key]
+  for layer in report['layers']:
+    for key in ('in_size', 'out_size', 'float_macs'):
+      del layer[key]
+  printed = _printed(report | {'budget': None})
+  assert 'budget' not in printed
+  assert 'Not pruned' not in printed
+  assert ' of 32' not in printed
+
+
+def _png_size(path):
+  head = path.read_bytes()[:24]
+  assert head[:8] == b'\x89PNG\r\n\x1a\n'
+  return struct.unpack('>II', head[16:])
+
+
+def test_plot_layers(report, tmp_path):
+  path = report_lib.plot_layers(report, tmp_path / 'new' / 'layers.png')
+  width, height = _png_size(path)
+  assert width == 1600
+  report['layers'] *= 10
+  _, taller = _png_size(report_lib.plot_layers(report, path))
+  assert taller > 2 * height
+
+
+def test_plot_layers_without_optional_keys(report, tmp_path):
+  for layer in report['layers']:
+    for key in ('in_size', 'out_size', 'float_macs'):
+      del layer[key]
+  _png_size(report_lib.plot_layers(report, tmp_path / 'layers.png'))
+
+
+@pytest.mark.parametrize('length', [1, 2, 6])
+def test_plot_curves(report, tmp_path, length):
+  report['history'] = report['history'][:length]
+  path = report_lib.plot_curves(report, tmp_path / 'curves.png')
+  assert _png_size(path)[0] == 1600
+
+
+def test_plot_curves_of_one_phase_without_names(report, tmp_path):
+  report['history'] = [dict(step=s, accuracy=0.1 * s) for s in range(5)]
+  report['budget'] = None
+  _png_size(report_lib.plot_curves(report, tmp_path / 'curves.png'))
+
+
+def test_plot_curves_without_history(report, tmp_path):
+  with pytest.raises(ValueError, match='no history'):
+    report_lib.plot_curves(report | {'history': []}, tmp_path / 'curves.png')
+
+
+def test_without_matplotlib(report, tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'matplotlib', None)
+  for plot in (report_lib.plot_layers, report_lib.plot_curves):
+    with pytest.raises(ImportError, match=r'pip install "djpq-jax\[demo\]"'):
+      plot(report, tmp_path / 'x.png')
+
+
+def test_no_global_state(report, tmp_path):
+  """Neither pyplot nor, before the first picture, matplotlib is imported."""
+  code = """if True:
+    import sys
+    from djpq_jax import report
+    assert 'matplotlib' not in sys.modules
+    report.plot_curves(report.read(sys.argv[1]), sys.argv[1] + '/x.png')
+    assert 'matplotlib.pyplot' not in sys.modules
+  """
+  report_lib.write(report, tmp_path)
+  subprocess.run([sys.executable, '-c', code, str(tmp_path)], check=True)
