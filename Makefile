@@ -35,7 +35,7 @@ test: lint
 	@if [ -n '$(TREE_MODE_TESTS)' ]; then \
 	  echo 'Again, with the trees of flax.nnx instead of its graphs:'; \
 	  NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false \
-	  $(BIN)/python -m pytest -q -n 2 $(TREE_MODE_TESTS); fi
+	  $(BIN)/python -m pytest -q -n 2 -m "not slow" $(TREE_MODE_TESTS); fi
 
 lint: .venv/.dev-installed
 	$(BIN)/ruff check .

@@ -50,16 +50,16 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
   shifted = np.ravel(values).astype(np.int64) + 2 ** (bits - 1)
   if shifted.size and not 0 <= shifted.min() <= shifted.max() < 2**bits:
     raise ValueError(f'values do not fit {bits} signed bits')
-  planes = (shifted[:, None] >> np.arange(bits)) & 1
-  return np.packbits(planes.astype(np.uint8).ravel(), bitorder='little')
+  digits = (shifted[:, None] >> np.arange(bits)) & 1
+  return np.packbits(digits.astype(np.uint8).ravel(), bitorder='little')
 
 
 def unpack(packed: np.ndarray, bits: int, shape) -> np.ndarray:
   """Undoes `pack`: int8 (int16 above 8 bits) of `shape`."""
   size = int(np.prod(shape))
-  planes = np.unpackbits(packed, count=size * bits, bitorder='little')
-  planes = planes.reshape(size, bits).astype(np.int64)
-  values = (planes << np.arange(bits)).sum(axis=1) - 2 ** (bits - 1)
+  flat = np.unpackbits(packed, count=size * bits, bitorder='little')
+  digits = flat.reshape(size, bits).astype(np.int64)
+  values = (digits << np.arange(bits)).sum(axis=1) - 2 ** (bits - 1)
   return values.astype(np.int8 if bits <= 8 else np.int16).reshape(shape)
 
 
@@ -83,7 +83,8 @@ def save(
     more: further JSON-ready facts for the manifest, as accuracy.
   """
   folder = pathlib.Path(folder).absolute()
-  arrays, entries = {}, {}
+  arrays: dict[str, np.ndarray] = {}
+  entries: dict[str, dict[str, Any]] = {}
   bits = {row.name: row.weight_bits for row in rows}
   for key, variable in nnx.to_flat_state(nnx.state(model)):
     name = '/'.join(map(str, key))
@@ -103,6 +104,7 @@ def save(
     'totals': harden.totals(model, rows),
     'layers': [vars(row) for row in rows],
     'signed_inputs': _signed(model),
+    'gated': [model.structure.groups[g].name for g in model.structure.gated],
     'plan': model.structure.plan.to_json(),
     'sha256': _hash(arrays),
     'arrays': entries,
@@ -216,9 +218,7 @@ def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
   try:
     with ocp.StandardCheckpointer() as checkpointer:
       tree = checkpointer.metadata(path).item_metadata.tree
-      target = {
-        k: np.empty(v.shape, v.dtype) for k, v in tree.items()
-      }
+      target = {k: np.empty(v.shape, v.dtype) for k, v in tree.items()}
       restored = checkpointer.restore(path, target)
   except Exception as error:  # orbax and tensorstore raise many kinds
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -239,7 +239,7 @@ def _skeleton(manifest, dense) -> harden.HardenedModel:
       size=g.size,
       align=1,
       min_channels=1,
-      reason='' if g.name in plan.open else 'kept',
+      reason='' if g.name in manifest['gated'] else 'kept',
     )
     for g in graph.groups
   )
@@ -254,12 +254,16 @@ def _skeleton(manifest, dense) -> harden.HardenedModel:
   compress.attach_operands(
     inner,
     structure,
-    weight=lambda path: harden.Dequantizer(empty) if path in quantized else None,
-    act=lambda path: harden.FixedQuantizer(
-      empty, empty, signed=manifest['signed_inputs'][path]
-    )
-    if path in quantized
-    else None,
+    weight=lambda path: (
+      harden.Dequantizer(empty) if path in quantized else None
+    ),
+    act=lambda path: (
+      harden.FixedQuantizer(
+        empty, empty, signed=manifest['signed_inputs'][path]
+      )
+      if path in quantized
+      else None
+    ),
   )
   hardened = harden.HardenedModel(inner, gates, structure)
   for hook in compress.hooks(hardened):

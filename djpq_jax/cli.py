@@ -19,6 +19,7 @@ from djpq_jax import checkpoint
 from djpq_jax import compress
 from djpq_jax import config as config_lib
 from djpq_jax import data
+from djpq_jax import evaluation
 from djpq_jax import experiment
 from djpq_jax import graph as graph_lib
 from djpq_jax import harden
@@ -251,15 +252,10 @@ def _inspection(structure: compress.Structure) -> dict[str, Any]:
 
 def _print_inspection(found: dict[str, Any], console) -> None:
   table = rich.table.Table(title='Layers', title_justify='left')
-  for name, justify in (
-    ('layer', 'left'),
-    ('kind', 'left'),
-    ('in', 'right'),
-    ('out', 'right'),
-    ('MACs', 'right'),
-    ('share', 'right'),
-  ):
-    table.add_column(name, justify=justify)
+  for name in ('layer', 'kind'):
+    table.add_column(name)
+  for name in ('in', 'out', 'MACs', 'share'):
+    table.add_column(name, justify='right')
   for row in found['layers']:
     table.add_row(
       row['name'],
@@ -297,7 +293,7 @@ def _evaluate(args) -> None:
       f'the artifact takes images of shape {tuple(manifest["input_shape"])}, '
       f'but {name} has {shape}'
     )
-  accuracy = experiment.evaluate(model, split)
+  accuracy = evaluation.evaluate(model, split)
   sample = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
   totals = harden.totals(model, harden.count(model, sample))
   result = {'accuracy': accuracy, 'images': len(split), **totals}

@@ -31,11 +31,12 @@ def default() -> ml_collections.ConfigDict:
       },
       'batch_size': 64,
       'augment': {'shift': 0, 'flip': False},  # pixels; mirror
-      'method': 'djpq',  # 'djpq', 'uniform' or 'float'
+      'method': 'djpq',  # or 'two_stage', 'uniform'
       'rules': (),  # of dicts with the fields of compress.Rule
       'budget': 0.0,  # BOPs relative to dense float32; 0: coefficient mode
       'bit_choices': (),  # allowed bits, () for all whole numbers
       'uniform_bits': (4, 4),  # weights, activations; for method 'uniform'
+      'two_stage_macs': 0.5,  # MACs left after the first of two stages
       'float': {  # training of the model before it is compressed
         'epochs': 0.0,
         'smoothing': 0.0,
@@ -101,6 +102,17 @@ def load(source: str, overrides: Iterable[str] = ()):
       raise ConfigError(f'{override!r} is not of the form field=value')
     _update(config, _nested(name.strip(), _literal(text.strip())), '')
   return ml_collections.FrozenConfigDict(config)
+
+
+def change(config, **fields):
+  """A copy of a config with some of its fields set.
+
+  Raises:
+    ConfigError: an unknown field, or a value of a wrong type.
+  """
+  copy = ml_collections.ConfigDict(config.to_dict())
+  _update(copy, fields, '')
+  return ml_collections.FrozenConfigDict(copy)
 
 
 def _get_config(source: str):

@@ -9,9 +9,12 @@ import dataclasses
 import fractions
 import math
 import numbers
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+
+Number: TypeAlias = jax.Array | float | fractions.Fraction
 
 
 @jax.tree_util.register_dataclass
@@ -31,10 +34,10 @@ class LayerUse:
   name: str = dataclasses.field(metadata=dict(static=True))
   macs: int = dataclasses.field(metadata=dict(static=True))  # dense, 1 example
   weights: int = dataclasses.field(metadata=dict(static=True))  # in the kernel
-  keep_in: jax.Array  # fraction of input channels kept
-  keep_out: jax.Array  # fraction of output channels kept
-  weight_bits: jax.Array
-  act_bits: jax.Array  # bits of the layer's input
+  keep_in: Number  # fraction of input channels kept
+  keep_out: Number  # fraction of output channels kept
+  weight_bits: Number
+  act_bits: Number  # bits of the layer's input
 
 
 def macs(uses):

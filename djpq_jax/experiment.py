@@ -22,6 +22,7 @@ from djpq_jax import budget as budget_lib
 from djpq_jax import checkpoint
 from djpq_jax import compress
 from djpq_jax import data
+from djpq_jax import evaluation
 from djpq_jax import harden
 from djpq_jax import losses
 from djpq_jax import models
@@ -29,7 +30,7 @@ from djpq_jax import optim
 from djpq_jax import train
 
 CALIBRATION_IMAGES = 256
-METHODS = ('djpq', 'uniform', 'float')
+METHODS = ('djpq', 'two_stage', 'uniform')
 
 # Called with (phase, steps done, steps in all, metrics).
 Progress = Callable[[str, int, int, dict[str, float]], None]
@@ -144,23 +145,30 @@ def train_float(run: Run, model):
   return train.model_of(_phase(run, 'float', state, steps))
 
 
-def compressed(run: Run, model) -> compress.Compressed:
-  """Attaches gates and quantizers as the config's rules say."""
-  rules = [compress.Rule(**rule) for rule in run.config.rules]
-  return compress.compress(model, rules, run.sample())
+def compressed(run: Run, model, rules=()) -> compress.Compressed:
+  """Attaches gates and quantizers as the config's rules, then `rules`, say."""
+  given = [compress.Rule(**rule) for rule in run.config.rules]
+  return compress.compress(model, [*given, *rules], run.sample())
 
 
-def search(run: Run, model: compress.Compressed, teacher=None):
-  """Learns channels and bits; the budget is reached by a controller."""
-  phase, budget = run.config.search, run.config.budget
-  choices = run.config.bit_choices or None
-  steps = run.steps(phase.epochs)
+def search(
+  run: Run,
+  model: compress.Compressed,
+  teacher,
+  *,
+  budget: float | None,
+  epochs: float,
+):
+  """Learns channels and bits; a controller leads them to the budget."""
+  phase = run.config.search
+  steps = run.steps(epochs)
   controller = None
   if budget:
-    allocate.check_reachable(model, budget, choices)
-    start = float(jax.jit(_relative_bops(model))())
     controller = budget_lib.Controller(
-      budget=budget, start=start, steps=max(1, steps), ramp=phase.ramp
+      budget=budget,
+      start=float(jax.jit(_relative_bops(model))()),
+      steps=max(1, steps),
+      ramp=phase.ramp,
     )
   objective = train.Objective(
     smoothing=phase.smoothing,
@@ -188,10 +196,10 @@ def _relative_bops(model):
   return lambda: losses.relative_bops(nnx.merge(graphdef, pure))
 
 
-def finetune(run: Run, model: compress.Compressed, teacher=None):
+def finetune(run: Run, model: compress.Compressed, teacher, *, epochs: float):
   """Trains what is left, at its bits; then re-estimates batch norm."""
   phase = run.config.finetune
-  steps = run.steps(phase.epochs)
+  steps = run.steps(epochs)
   objective = train.Objective(
     smoothing=phase.smoothing,
     distill=phase.distill,
@@ -207,74 +215,114 @@ def finetune(run: Run, model: compress.Compressed, teacher=None):
   model = train.model_of(_phase(run, 'finetune', state, steps))
   batch_at = run.batches(run.config.seed * 10 + 9)
   count = run.config.statistics_batches
-  return train.estimate_statistics(
+  return evaluation.estimate_statistics(
     model, (batch_at(i)['image'] for i in range(count))
   )
 
 
-def predictions(model, split: data.Split, batch_size: int = 256) -> np.ndarray:
-  """Logits on every image of a split, float32 [N, classes]."""
-  batches = list(data.eval_batches(split, batch_size))
-  logits = train.predict(model, (b['image'] for b in batches))
-  return logits[np.concatenate([b['mask'] for b in batches]) > 0]
-
-
-def accuracy(logits: np.ndarray, split: data.Split) -> float:
-  """Share of a split's images that the logits get right."""
-  return float((logits.argmax(-1) == split.labels).mean())
-
-
-def evaluate(model, split: data.Split, batch_size: int = 256) -> float:
-  """Share of a split's images that a model gets right."""
-  return accuracy(predictions(model, split, batch_size), split)
-
-
-def settle(run: Run, model: compress.Compressed) -> compress.Plan:
-  """The plan that the config's method makes of a compressed model."""
+def djpq(run: Run, model) -> compress.Compressed:
+  """Searches channels and bits together, then carries the plan out."""
   config = run.config
-  if config.method == 'uniform':
-    return allocate.uniform(model, *config.uniform_bits)
-  return allocate.plan(
-    model, config.budget or None, config.bit_choices or None
+  budget, choices = config.budget or None, config.bit_choices or None
+  net = compressed(run, model)
+  net = search(run, net, model, budget=budget, epochs=config.search.epochs)
+  plan = allocate.plan(net, budget, choices)
+  return compress.freeze(net, plan, run.sample())
+
+
+def two_stage(run: Run, model) -> compress.Compressed:
+  """The control: first prunes channels, then learns bits, at equal epochs.
+
+  Each stage has half of the search's epochs.  The first stage gets its own
+  budget of MACs, the second one what is left of the BOPs budget.
+  """
+  config = run.config
+  epochs = config.search.epochs / 2
+  macs = config.two_stage_macs
+  net = compressed(run, model, [compress.Rule(pattern='*', quantize=False)])
+  net = search(run, net, model, budget=macs, epochs=epochs)
+  first = allocate.plan(net, macs)
+  structure = net.structure
+  left = allocate.relative_bops(structure, first)
+  pruned = compress.fold_gates(compress.freeze(net, first, run.sample()))
+  net = compressed(run, pruned, [compress.Rule(pattern='*', prune=False)])
+  budget = config.budget / left
+  net = search(run, net, model, budget=budget, epochs=epochs)
+  second = allocate.plan(net, budget, config.bit_choices or None)
+  net = compress.freeze(net, second, run.sample())
+  # Seen from the dense model, both stages are one plan; no gates are left.
+  net.structure = dataclasses.replace(
+    structure,
+    plan=dataclasses.replace(second, open=first.open),
+    groups=tuple(
+      dataclasses.replace(g, reason=g.reason or 'pruned in the first stage')
+      for g in structure.groups
+    ),
   )
+  return net
 
 
-def run(config, workdir, progress: Progress | None = None) -> dict[str, Any]:
+def uniform(run: Run, model) -> compress.Compressed:
+  """The control: the same bits everywhere, learned clips, nothing pruned."""
+  net = compressed(run, model, [compress.Rule(pattern='*', prune=False)])
+  plan = allocate.uniform(net, *run.config.uniform_bits)
+  return compress.freeze(net, plan, run.sample())
+
+
+def float_model(config, progress: Progress | None = None):
+  """Trains a config's float model; returns it and its test accuracy."""
+  this = prepare(config, progress)
+  model = train_float(this, dense_model(this))
+  return model, evaluation.evaluate(model, this.test_split)
+
+
+def run(
+  config, workdir, progress: Progress | None = None, *, trained=None
+) -> dict[str, Any]:
   """Runs a whole experiment.
 
   Args:
     config: complete, from `config.load`.
     workdir: where the artifact goes; made if it is missing.
     progress: told about every look at the metrics.
+    trained: a float model to start from instead of training one.
 
   Returns:
     The report as JSON-ready values, see `report`.  All that it says of the
     hardened model was recomputed from the reloaded artifact.
+
+  Raises:
+    ValueError: the config cannot work; said before the first training step.
+    train.TrainingError: a training cannot go on.
   """
   start = time.monotonic()
-  workdir = pathlib.Path(workdir)
   this = prepare(config, progress)
   model = dense_model(this)
-  check = compressed(this, model)
-  if config.method == 'djpq' and config.budget:
-    allocate.check_reachable(check, config.budget, config.bit_choices or None)
-  del check
-  model = train_float(this, model)
-  float_accuracy = evaluate(model, this.test_split)
-  net = compressed(this, model)
-  if config.method == 'djpq':
-    net = search(this, net, teacher=model)
-  plan = settle(this, net)
-  net = compress.freeze(net, plan, this.sample())
-  net = finetune(this, net, teacher=model)
+  _check_budget(this, model)
+  model = trained or train_float(this, model)
+  float_accuracy = evaluation.evaluate(model, this.test_split)
+  methods = {'djpq': djpq, 'two_stage': two_stage, 'uniform': uniform}
+  net = methods[config.method](this, model)
+  epochs = config.finetune.epochs
+  if config.method == 'uniform':  # has nothing to search: equal epochs
+    epochs += config.search.epochs
+  net = finetune(this, net, model, epochs=epochs)
   hardened = harden.harden(net)
-  return _deploy(this, hardened, workdir, float_accuracy, start)
+  return _deploy(this, hardened, pathlib.Path(workdir), float_accuracy, start)
+
+
+def _check_budget(run: Run, model) -> None:
+  """Finds out before the first training whether the budget can be reached."""
+  config = run.config
+  if config.method != 'uniform' and config.budget:
+    choices = config.bit_choices or None
+    allocate.check_reachable(compressed(run, model), config.budget, choices)
 
 
 def _deploy(run: Run, hardened, workdir, float_accuracy, start):
   """Saves, reloads and measures; the report speaks of the reloaded model."""
   folder = workdir / 'artifact'
-  before = predictions(hardened, run.test_split)
+  before = evaluation.predictions(hardened, run.test_split)
   shape = run.test_split.images.shape[1:]
   sample = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
   rows = harden.count(hardened, sample)
@@ -289,13 +337,13 @@ def _deploy(run: Run, hardened, workdir, float_accuracy, start):
     },
     input_shape=shape,
     more={
-      'accuracy': accuracy(before, run.test_split),
+      'accuracy': evaluation.accuracy(before, run.test_split),
       'float_accuracy': float_accuracy,
       'measured_on': {'data': config.data.name, 'images': len(before)},
     },
   )
   reloaded = load_artifact(folder)
-  logits = predictions(reloaded, run.test_split)
+  logits = evaluation.predictions(reloaded, run.test_split)
   if not np.array_equal(logits, before):
     raise RuntimeError(
       'the reloaded artifact does not predict what was saved; this is a bug'
@@ -303,7 +351,7 @@ def _deploy(run: Run, hardened, workdir, float_accuracy, start):
   rows = harden.count(reloaded, sample)
   return {
     'float_accuracy': float_accuracy,
-    'accuracy': accuracy(logits, run.test_split),
+    'accuracy': evaluation.accuracy(logits, run.test_split),
     'budget': config.budget or None,
     **harden.totals(reloaded, rows),
     'artifact': folder.name,

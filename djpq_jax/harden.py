@@ -32,7 +32,7 @@ class Dequantizer(nnx.Module):
     self.step = Constant(step)
 
   def __call__(self, kernel):
-    """int [..., out] -> float32 of the same shape."""
+    """Int [..., out] -> float32 of the same shape."""
     return kernel.astype(jnp.float32) * self.step[...]
 
 
@@ -45,7 +45,7 @@ class FixedQuantizer(nnx.Module):
     self.signed = signed
 
   def __call__(self, x):
-    """float array -> multiples of the step, same shape and dtype."""
+    """Float array -> multiples of the step, same shape and dtype."""
     return quantize.quantize(
       x, self.step[...], self.clip[...], signed=self.signed
     )
@@ -78,10 +78,10 @@ class HardenedModel(compress.Compressed):
 
 
 def bits_of(largest: int, *, signed: bool) -> int:
-  """Whole bits that hold 0..largest, and -largest if signed; at least 1 or 2.
+  """Whole bits for 0..largest, and -largest if signed; at least 1, or 2.
 
-  >>> bits_of(7, signed=True), bits_of(7, signed=False), bits_of(8, signed=False)
-  (4, 3, 4)
+  >>> [bits_of(n, signed=False) for n in (0, 7, 8)], bits_of(7, signed=True)
+  ([1, 3, 4], 4)
   """
   return max(1, math.ceil(math.log2(largest + 1))) + int(signed)
 

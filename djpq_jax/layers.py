@@ -132,6 +132,7 @@ class Quantizer(nnx.Module):
       log_range = exponent * log_clip
     if self.fixed_bits is not None:
       return jnp.exp(log_range) / self._levels(self.fixed_bits), clip, exponent
+    assert self.log_step is not None
     low, high = (log_range - np.log(self._levels(b)) for b in self.bounds[::-1])
     log_step = bounded(self.log_step[...], low, high)
     return jnp.exp(log_step), clip, exponent
@@ -140,7 +141,7 @@ class Quantizer(nnx.Module):
     return 2.0 ** (bits - self.signed) - 1.0
 
   def bits(self):
-    """Bits of the grid, real-valued and differentiable; a whole float if fixed."""
+    """Bits of the grid: differentiable, or a whole float if fixed."""
     if self.fixed_bits is not None:
       return self.fixed_bits
     step, clip, exponent = self.grid()
@@ -182,6 +183,7 @@ class Gate(nnx.Module):
 
   def log_alpha(self):
     """Signal over noise of each channel, log(mu^2 / sigma^2), [size]."""
+    assert self.log_sigma2 is not None
     return gate.log_alpha(self.mu[...], self.log_sigma2[...])
 
   def open_mask(self, threshold: float = 0.0):
@@ -295,15 +297,15 @@ class Operands(nnx.Module):
     self,
     name: str,
     *,
-    weight: nnx.Module | None,
-    act: nnx.Module | None,
+    weight: Any | None,  # a Quantizer, or what harden leaves of it
+    act: Any | None,
     gate: GateIndex | None,
     feature_axis: int | None,
     promote: Callable[..., Any],
   ):
     self.name = name
-    self.weight = nnx.data(weight)
-    self.act = nnx.data(act)
+    self.weight: Any = nnx.data(weight)
+    self.act: Any = nnx.data(act)
     self.gate = gate
     self.feature_axis = feature_axis
     self.promote = promote
@@ -336,6 +338,7 @@ class Operands(nnx.Module):
       z = jnp.repeat(z, inputs.shape[0] // z.shape[0], axis=0)
     shape = [1] * inputs.ndim
     shape[0] = z.shape[0]
+    assert self.feature_axis is not None  # else its group has no gate
     shape[self.feature_axis] = z.shape[1]
     # The product is taken in the input's dtype: it is quantized next.
     return inputs * z.reshape(shape).astype(inputs.dtype)

@@ -72,7 +72,7 @@ def merge(graphdef, params: Mapping[str, Any], rest):
 
 def cosine(rate: float, steps: int, warmup: float) -> optax.Schedule:
   """A linear rise, then half a cosine down to zero at `steps`."""
-  rise = int(round(warmup * steps))
+  rise = round(warmup * steps)
   return optax.warmup_cosine_decay_schedule(
     rate / 10 if rise else rate, rate, rise, max(steps, rise + 1)
   )

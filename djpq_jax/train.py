@@ -4,7 +4,7 @@ One step serves all phases: the float model, the search for channels and bits,
 and the finetuning of what is left.  What differs stands in `Objective`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Any
@@ -212,6 +212,7 @@ def _loss(params, state: TrainState, batch: Batch, key):
     logits, batch['label'], smoothing=objective.smoothing
   )
   if objective.distill:
+    assert program.teacher_graph is not None, 'distillation needs a teacher'
     teacher = nnx.merge(program.teacher_graph, state.teacher)
     total = (1 - objective.distill) * total + (
       objective.distill
@@ -278,18 +279,6 @@ def _accuracy(logits, batch: Batch):
 
 # The state is donated: a step updates it in place on the device.
 jit_step = functools.partial(jax.jit, donate_argnums=0)(train_step)
-
-
-def predict(model, images: Iterator[Any]) -> np.ndarray:
-  """Logits of a model on batches of images, float32 [N, classes]."""
-  graphdef, state = nnx.split(compress.eval_view(model))
-  state = nnx.as_pure(state)
-
-  @jax.jit
-  def run(state, x):
-    return nnx.merge(graphdef, state)(x).astype(jnp.float32)
-
-  return np.concatenate([np.asarray(run(state, x)) for x in images])
 
 
 def fit(
@@ -364,38 +353,3 @@ def _bad_input(state: TrainState, batch: Batch) -> str | None:
     if not all(np.all(np.isfinite(np.asarray(x))) for x in taps.get(path, [])):
       return f'the input of layer {path}'
   return None
-
-
-def estimate_statistics(model, batches: Iterator[Any]):
-  """Replaces batch-norm statistics by their average over some batches.
-
-  Args:
-    model: any model; a copy is returned.
-    batches: batches of images, as training sees them.
-
-  Returns:
-    The model with new means and variances; as it was if it keeps none.
-  """
-  copy = nnx.clone(model)
-  for _, module in nnx.iter_modules(copy):
-    if isinstance(module, nnx.BatchNorm):
-      module.momentum = 0.0  # a call leaves its own batch's statistics
-  graphdef, stats, rest = nnx.split(
-    compress.train_view(copy), nnx.BatchStat, ...
-  )
-  rest = nnx.as_pure(rest)
-
-  @jax.jit
-  def one(stats, x):
-    model = nnx.merge(graphdef, stats, rest)
-    model(x)
-    return nnx.as_pure(nnx.state(model, nnx.BatchStat))
-
-  stats = nnx.as_pure(stats)
-  seen = [one(stats, x) for x in batches]
-  if not jax.tree.leaves(stats) or not seen:
-    return model
-  mean = jax.tree.map(lambda *s: sum(s) / len(s), *seen)
-  whole_graph, old, others = nnx.split(nnx.clone(model), nnx.BatchStat, ...)
-  del old
-  return nnx.merge(whole_graph, mean, others)

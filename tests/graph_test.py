@@ -6,8 +6,12 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from djpq_jax import graph
+
+# The arithmetic of flax's own activations mixes dtypes.
+pytestmark = pytest.mark.standard_promotion
 
 IMAGE = (2, 8, 8, 3)
 TOKENS = (2, 6, 8)
@@ -211,9 +215,7 @@ def two_poolings(rngs):
     x = m.conv(x)
     return m.head(jnp.concatenate([pooled(x), x.max((1, 2))], axis=-1))
 
-  return Net(
-    forward, conv=conv(3, 6, rngs), head=nnx.Linear(12, 5, rngs=rngs)
-  )
+  return Net(forward, conv=conv(3, 6, rngs), head=nnx.Linear(12, 5, rngs=rngs))
 
 
 def zeros_concatenated(rngs):
@@ -505,14 +507,15 @@ def pixel_shuffle(rngs):
 def standardised(rngs):
   """Weights that are normalised over their inputs tie those inputs."""
 
-  def forward(m, x):
-    x = m.conv1(x)
-    kernel = m.conv2.kernel[...]
-    mean = kernel.mean((0, 1, 2), keepdims=True)
-    m.conv2.kernel = nnx.Param(kernel - mean)
-    return m.conv2(x)
+  def standardise(args, dtype):
+    inputs, kernel, bias = nnx.nn.dtypes.promote_dtype(args, dtype=dtype)
+    return inputs, kernel - kernel.mean((0, 1, 2), keepdims=True), bias
 
-  return Net(forward, conv1=conv(3, 6, rngs), conv2=conv(6, 5, rngs))
+  return Net(
+    lambda m, x: m.conv2(m.conv1(x)),
+    conv1=conv(3, 6, rngs),
+    conv2=conv(6, 5, rngs, promote_dtype=standardise),
+  )
 
 
 def one_channel(rngs):
@@ -565,7 +568,6 @@ def average(x):
 CHAIN = {'input': 'input', 'conv1': '', 'conv2': '', 'head': 'output'}
 NORMED = {**CHAIN, 'conv1': 'normalised over the channel axis'}
 FIXED = "the model's code fixes this size"
-MERGED = 'is an output of the model'
 
 # name -> (builder, shape of the input, group -> part of its reason)
 ARCHITECTURES = {
@@ -654,7 +656,7 @@ ARCHITECTURES = {
   ),
   'cond': (
     between(
-      function=lambda x: jax.lax.cond(x.sum() > 0, nnx.relu, jnp.sin, x)
+      function=lambda x: jax.lax.cond(jnp.array(True), nnx.relu, jnp.sin, x)
     ),
     IMAGE,
     {**CHAIN, 'conv1': 'goes through a cond'},
@@ -793,7 +795,8 @@ ARCHITECTURES = {
       'input': 'input',
       'embed': '',
       'attention/query+attention/key+attention/value': 'several',
-      'attention/query+attention/key': 'product of two activations',
+      'attention/query': 'product of two activations',
+      'attention/key': 'product of two activations',
       'attention/value': 'several',
       'attention/out': '',
       'fc': '',
@@ -805,7 +808,8 @@ ARCHITECTURES = {
     TOKENS,
     {
       'input': 'input',
-      'q+k': 'product of two activations',
+      'q': 'product of two activations',
+      'k': 'product of two activations',
       'v': '',
       'out': 'output',
     },
@@ -931,23 +935,343 @@ ARCHITECTURES = {
 def build(name):
   """Returns the model of an architecture and the shape of its input."""
   make, shape, _ = ARCHITECTURES[name]
-  return make(nnx.Rngs(0)), jax.ShapeDtypeStruct(shape, jnp.float32)
+  model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+  return model, jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def traced(name):
+  """The graph of an architecture, and its groups by name."""
+  found = graph.trace(*build(name))
+  return found, {group.name: group for group in found.groups}
+
+
+def shape(*dims, dtype=jnp.float32):
+  return jax.ShapeDtypeStruct(dims, dtype)
+
+
+def sizes(group):
+  """Path -> (axis, shape of the indices) of a group's slices."""
+  return {part.path: (part.axis, part.indices.shape) for part in group.slices}
 
 
 class ArchitectureTest(parameterized.TestCase):
   @parameterized.parameters(*ARCHITECTURES)
   def test_groups(self, name):
-    model, x = build(name)
-    found = graph.trace(model, x)
+    _, groups = traced(name)
     expected = ARCHITECTURES[name][2]
-    reasons = {group.name: group.reason for group in found.groups}
-    self.assertSameElements(reasons, expected)
+    self.assertSameElements(groups, expected)
     for group, part in expected.items():
       with self.subTest(group):
-        if part:
-          self.assertIn(part, reasons[group])
-        else:
-          self.assertEqual(reasons[group], '')
+        reason = groups[group].reason
+        self.assertTrue(part in reason if part else not reason, reason)
+
+  @parameterized.parameters('residual', 'inverted_residual', 'dense_block')
+  def test_batch_size_does_not_matter(self, name):
+    model, x = build(name)
+    one = graph.trace(model, shape(1, *x.shape[1:]))
+    many = graph.trace(model, shape(12, *x.shape[1:]))
+    for a, b in zip(one.groups, many.groups, strict=True):
+      self.assertEqual((a.name, a.reason), (b.name, b.reason))
+      self.assertEqual(a.positions, b.positions)
+    self.assertEqual(one.float_macs, many.float_macs)
+
+  def test_train_mode_gives_the_same_groups(self):
+    def make(rngs):
+      def forward(m, x):
+        return m.conv2(m.dropout(nnx.relu(m.bn(m.conv1(x)))))
+
+      return Net(
+        forward,
+        conv1=conv(3, 8, rngs),
+        bn=nnx.BatchNorm(8, rngs=rngs),
+        dropout=nnx.Dropout(0.3, rngs=rngs),
+        conv2=conv(8, 5, rngs),
+      )
+
+    model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    x = shape(*IMAGE)
+    names = {'input': False, 'conv1': True, 'conv2': False}
+    for train in (True, False):
+      view = nnx.view(model, deterministic=not train)
+      view = nnx.view(view, use_running_average=not train)
+      groups = graph.trace(view, x).groups
+      self.assertEqual({g.name: not g.reason for g in groups}, names)
+
+
+class GroupTest(absltest.TestCase):
+  def test_order_and_roles(self):
+    found, groups = traced('inverted_residual')
+    names = ['input', 'stem/conv+project', 'expand', 'head']
+    self.assertEqual([group.name for group in found.groups], names)
+    hidden = groups['expand']
+    self.assertEqual(hidden.producers, ('expand',))
+    self.assertEqual(hidden.consumers, ('project',))
+    self.assertEqual(hidden.passes, ('dw',))
+    self.assertEqual((hidden.size, hidden.positions), (12, 64))
+
+  def test_slices_name_all_that_a_channel_owns(self):
+    _, groups = traced('inverted_residual')
+    owned = sizes(groups['expand'])
+    norms = [
+      f'{bn}/{name}'
+      for bn in ('bn1', 'bn2')
+      for name in ('scale', 'bias', 'mean', 'var')
+    ]
+    kernels = {'expand/kernel': 3, 'dw/kernel': 3, 'project/kernel': 2}
+    expected = dict.fromkeys([*norms, 'dw/bias'], (0, (12, 1)))
+    expected |= {path: (axis, (12, 1)) for path, axis in kernels.items()}
+    self.assertEqual(owned, expected)
+
+  def test_a_flattened_channel_owns_one_input_per_position(self):
+    found, groups = traced('flatten_4x4')
+    part = {p.path: p for p in groups['conv'].slices}['hidden/kernel']
+    rows = np.arange(96).reshape(16, 6).T
+    np.testing.assert_array_equal(part.indices, rows)
+    hidden = found.layers['hidden']
+    np.testing.assert_array_equal(hidden.in_channel, np.tile(range(6), 16))
+
+  def test_channels_that_are_read_twice(self):
+    found, groups = traced('two_poolings')
+    self.assertEqual(sizes(groups['conv'])['head/kernel'], (0, (6, 2)))
+    channels = found.layers['head'].in_channel
+    np.testing.assert_array_equal(channels, [*range(6), *range(6)])
+
+  def test_concatenated_channels_keep_their_groups(self):
+    found, groups = traced('dense_block')
+    head = found.layers['head']
+    names = [found.groups[i].name for i in head.in_group]
+    expected = ['stem'] * 4 + ['layers/0'] * 3 + ['layers/1'] * 3
+    self.assertEqual(names, expected)
+    rows = {p.path: p.indices for p in groups['layers/1'].slices}
+    np.testing.assert_array_equal(rows['bn/scale'].ravel(), [7, 8, 9])
+    self.assertEqual(groups['stem'].consumers, ('layers/0', 'layers/1', 'head'))
+
+  def test_an_add_of_producers_is_residual_and_a_product_is_not(self):
+    _, groups = traced('residual')
+    streams = {name for name, group in groups.items() if group.residual}
+    self.assertEqual(streams, {'stem/conv+b1/conv', 'proj+b2/conv'})
+    for name in ('gated_pair', 'squeeze_excite', 'gelu'):
+      found, _ = traced(name)
+      self.assertFalse(any(group.residual for group in found.groups))
+
+  def test_option_a_keeps_apart_what_is_not_padded(self):
+    _, groups = traced('option_a')
+    self.assertEqual(groups['stem/conv+b'].size, 4)
+    self.assertEqual(groups['b'].size, 4)
+    rows = {p.path: p.indices for p in groups['b'].slices}
+    np.testing.assert_array_equal(rows['b/kernel'].ravel(), [0, 1, 6, 7])
+
+  def test_names_are_unique(self):
+    for name in ('linear_general', 'attention', 'option_a'):
+      found, groups = traced(name)
+      self.assertLen(groups, len(found.groups))
+
+  def test_integer_inputs_select_from_an_embedding(self):
+    def make(rngs):
+      return Net(
+        lambda m, ids, *, flip=False: m.head(nnx.relu(m.fc(m.embed(ids)))),
+        embed=nnx.Embed(11, 6, rngs=rngs),
+        fc=nnx.Linear(6, 7, rngs=rngs),
+        head=nnx.Linear(7, 5, rngs=rngs),
+      )
+
+    model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    found = graph.trace(model, shape(2, 4, dtype=jnp.int32), flip=True)
+    reasons = {group.name: group.reason for group in found.groups}
+    self.assertEqual(reasons['embed/embedding'], 'no MAC layer produces it')
+    self.assertEqual(reasons['fc'], '')
+    self.assertTrue(found.layers['fc'].first)
+
+  def test_several_inputs(self):
+    def make(rngs):
+      return Net(
+        lambda m, x, context: m.head(m.a(x) + m.b(context['image'])),
+        a=nnx.Linear(8, 6, rngs=rngs),
+        b=nnx.Linear(3, 6, rngs=rngs),
+        head=nnx.Linear(6, 5, rngs=rngs),
+      )
+
+    model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    found = graph.trace(model, shape(2, 8), context={'image': shape(2, 3)})
+    names = [group.name for group in found.groups]
+    self.assertEqual(names, ['input', 'input#2', 'a+b', 'head'])
+
+
+class LayerTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ('chain', 'conv1', 8 * 8 * 9 * 3 * 8),
+    ('chain', 'head', 6 * 5),
+    ('flatten_4x4', 'hidden', 96 * 7),
+    ('option_a', 'a', 4 * 4 * 9 * 4 * 6),
+    ('inverted_residual', 'dw', 8 * 8 * 9 * 12),
+    ('grouped', 'grouped', 8 * 8 * 9 * 4 * 8),
+    ('transposed', 'up1', 4 * 4 * 9 * 6 * 4),
+    ('transposed', 'up2', 8 * 8 * 4 * 4 * 3),
+    ('transformer_mlp', 'fc1', 6 * 10 * 16),
+    ('called_twice', 'shared', 2 * 8 * 8 * 9 * 6 * 6),
+    ('attention', 'attention/query', 6 * 12 * 12),
+    ('attention', 'attention/out', 6 * 12 * 12),
+    ('mixer', 't1', 9 * 6 * 10),
+    ('einsums', 'b', 6 * 7 * 6),
+    ('linear_general', 'heads', 6 * 6 * 12),
+    ('per_example', 'conv', 8 * 8 * 9 * 3 * 6),
+    ('circular', 'conv1', 8 * 8 * 9 * 3 * 6),
+  )
+  def test_macs(self, name, path, macs):
+    found, _ = traced(name)
+    self.assertEqual(found.layers[path].macs, macs)
+
+  def test_products_outside_of_layers_count(self):
+    found, _ = traced('attention')
+    products = [macs for _, macs in found.other_macs]
+    self.assertEqual(products, [2 * 6 * 6 * 6] * 2)
+    inside = sum(layer.macs for layer in found.layers.values())
+    self.assertEqual(found.float_macs, inside + sum(products))
+    found, _ = traced('raw_parameter')
+    ((what, macs),) = found.other_macs
+    self.assertIn('raw parameter weight', what)
+    self.assertEqual(macs, 6 * 7 * 9)
+
+  @parameterized.parameters(
+    ('chain', 'conv1', 'Conv', -1, 2, 3),
+    ('transposed', 'up1', 'ConvTranspose', -1, 2, 3),
+    ('transposed_kernel', 'up1', 'ConvTranspose', -1, 3, 2),
+    ('flatten_4x4', 'hidden', 'Linear', -1, 0, 1),
+    ('einsums', 'b', 'Einsum', -2, 0, 1),
+    ('einsums', 'c', 'Einsum', -2, 1, 0),
+    ('linear_general', 'b', 'LinearGeneral', -2, 0, 1),
+    ('linear_general', 'heads', 'LinearGeneral', -1, 0, None),
+    ('attention', 'attention/out', 'LinearGeneral', None, None, 2),
+    ('per_example', 'head', 'Linear', -1, 0, 1),
+  )
+  def test_axes(self, name, path, kind, feature_axis, in_axis, out_axis):
+    layer = traced(name)[0].layers[path]
+    self.assertEqual((layer.path, layer.kind), (path, kind))
+    axes = (layer.feature_axis, layer.in_axis, layer.out_axis)
+    self.assertEqual(axes, (feature_axis, in_axis, out_axis))
+
+  def test_every_channel_of_a_layer_is_placed(self):
+    for name in ARCHITECTURES:
+      found, _ = traced(name)
+      for layer in found.layers.values():
+        self.assertEqual(layer.in_group.shape, layer.in_channel.shape)
+        self.assertEqual(layer.out_group.shape, layer.out_channel.shape)
+        for groups, channels in (
+          (layer.in_group, layer.in_channel),
+          (layer.out_group, layer.out_channel),
+        ):
+          for group, channel in zip(groups, channels, strict=True):
+            if group >= 0:
+              self.assertBetween(channel, 0, found.groups[group].size - 1)
+
+  def test_first_last_and_calls(self):
+    found, _ = traced('residual')
+    layers = found.layers.values()
+    self.assertEqual([x.path for x in layers if x.first], ['stem/conv'])
+    self.assertEqual([x.path for x in layers if x.last], ['head'])
+    self.assertEqual({x.calls for x in layers}, {1})
+    self.assertEqual(found.layers['a2/conv'].weights, 9 * 8 * 7)
+    found, _ = traced('called_twice')
+    self.assertEqual(found.layers['shared'].calls, 2)
+
+  def test_depthwise(self):
+    found, _ = traced('inverted_residual')
+    depthwise = [x.path for x in found.layers.values() if x.depthwise]
+    self.assertEqual(depthwise, ['dw'])
+    layer = found.layers['dw']
+    self.assertLen(layer.in_group, 12)
+    np.testing.assert_array_equal(layer.in_group, layer.out_group)
+    np.testing.assert_array_equal(layer.in_channel, layer.out_channel)
+    for name in ('grouped', 'multiplier', 'one_channel'):
+      found, _ = traced(name)
+      self.assertFalse(any(x.depthwise for x in found.layers.values()))
+
+  def test_layers_in_a_loop_count_each_trip(self):
+    def forward(m, x):
+      graphdef, state = nnx.split(m.shared)
+
+      def step(x, _):
+        return nnx.merge(graphdef, state)(x), None
+
+      x, _ = jax.lax.scan(step, m.first(x), length=3)
+      return m.head(x)
+
+    def make(rngs):
+      return Net(
+        forward,
+        first=nnx.Linear(8, 6, rngs=rngs),
+        shared=nnx.Linear(6, 6, rngs=rngs),
+        head=nnx.Linear(6, 5, rngs=rngs),
+      )
+
+    model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    found = graph.trace(model, shape(2, 8))
+    layer = found.layers['shared']
+    self.assertEqual((layer.macs, layer.calls), (3 * 36, 3))
+    self.assertFalse(found.layers['head'].first)
+    reasons = {group.name: group.reason for group in found.groups}
+    self.assertIn('goes through a scan', reasons['first'])
+    self.assertIn('goes through a scan', reasons['shared'])
+
+
+class Hook(nnx.Module):
+  """A `promote_dtype` with its own Variables: one step per output channel."""
+
+  def __init__(self, promote, features):
+    self.promote = nnx.static(promote)
+    self.step = nnx.Param(jnp.ones((features,)))
+
+  def __call__(self, args, **kwargs):
+    inputs, kernel, *rest = self.promote(args, **kwargs)
+    step = jnp.reshape(self.step[...], (1, 1, 1, -1))
+    return (jnp.round(inputs), jnp.round(kernel / step) * step, *rest)
+
+
+class ModelTest(parameterized.TestCase):
+  def test_own_hooks_are_called_and_their_channels_are_grouped(self):
+    model = between(function=nnx.relu)(nnx.Rngs(0))
+    hook = Hook(model.conv1.promote_dtype, 8)
+    model.conv1.promote_dtype = nnx.data(hook)
+    found = graph.trace(model, shape(*IMAGE))
+    group = {group.name: group for group in found.groups}['conv1']
+    self.assertEqual(group.reason, '')
+    self.assertIn('conv1/promote_dtype/step', sizes(group))
+
+  def test_the_model_stays_as_it_is(self):
+    model = between(batch_norm)(nnx.Rngs(0))
+    hook = model.conv1.promote_dtype
+    before, old = nnx.split(model)
+    old = jax.tree.map(np.asarray, nnx.to_pure_dict(old))
+    graph.trace(model, shape(*IMAGE))
+    after, new = nnx.split(model)
+    self.assertEqual(before, after)
+    self.assertIs(model.conv1.promote_dtype, hook)
+    new = jax.tree.map(np.asarray, nnx.to_pure_dict(new))
+    jax.tree.map(np.testing.assert_array_equal, old, new)
+
+  def test_arrays_and_shapes_give_the_same_graph(self):
+    model = between(function=nnx.relu)(nnx.Rngs(0))
+    for x in (np.zeros(IMAGE, np.float32), jnp.zeros(IMAGE), shape(*IMAGE)):
+      found = graph.trace(model, x)
+      self.assertEqual([g.name for g in found.groups], list(CHAIN))
+
+  def test_needs_a_mac_layer(self):
+    model = Net(lambda m, x: nnx.relu(x))
+    with self.assertRaisesRegex(ValueError, 'Net calls no MAC layer'):
+      graph.trace(model, shape(2, 3))
+
+  def test_needs_a_batch(self):
+    model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    with self.assertRaisesRegex(ValueError, 'leading batch axis'):
+      graph.trace(model)
+
+  def test_a_call_that_fails_says_on_what(self):
+    model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    with self.assertRaisesRegex(
+      ValueError, r'cannot trace Linear .* shapes \[\(2, 5\)\]'
+    ) as context:
+      graph.trace(model, shape(2, 5))
+    self.assertIsNotNone(context.exception.__cause__)
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 """What the tracer knows of each array in the program."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -52,10 +53,28 @@ def uniform(shape) -> Traced:
   return Traced(tuple(shape), (None,) * len(shape))
 
 
-def heritage(operands) -> dict[str, frozenset[str]]:
+def heritage(operands) -> dict[str, Any]:
   """The fields of `Traced` that outputs take from all operands."""
   empty: frozenset[str] = frozenset()
   return dict(
     sources=empty.union(*(x.sources for x in operands)),
     params=empty.union(*(x.params for x in operands)),
   )
+
+
+def out_shape(eqn, i=0) -> tuple[int, ...]:
+  """Shape of an output of an equation."""
+  return tuple(eqn.outvars[i].aval.shape)
+
+
+def single(eqn, operands, axes, tag=None) -> list[Traced]:
+  """The outputs of an equation that has one, with these axes."""
+  return [Traced(out_shape(eqn), tuple(axes), tag, **heritage(operands))]
+
+
+def moved(tag, kept) -> Tag | None:
+  """The tag after axes moved; `kept` holds the old axis of each new axis."""
+  if tag is None:
+    return None
+  axes = tuple(None if k is None else tag.axes[k] for k in kept)
+  return dataclasses.replace(tag, axes=axes)

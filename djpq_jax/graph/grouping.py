@@ -7,6 +7,9 @@ import numpy as np
 
 from djpq_jax.graph import records
 
+# Class -> (path, axis) of a Variable -> positions that belong to the class.
+_Members = dict[int, dict[tuple[str, int], list[int]]]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Classes:
@@ -16,27 +19,35 @@ class _Classes:
   reasons: Mapping[int, str]
   inputs: frozenset[int]
   sums: frozenset[int]
+  read: Mapping[str, frozenset[int]]  # by layer
+  written: Mapping[str, frozenset[int]]
 
 
 def build(found, kinds) -> records.ChannelGraph:
   """Returns the graph that an `interpret.Interpretation` describes."""
   roots, reasons = found.ledger.units.solve()
-  classes = _Classes(
-    roots, reasons, _all(roots, found.inputs), _all(roots, found.sums)
-  )
   uses = found.ledger.uses
+  classes = _Classes(
+    roots=roots,
+    reasons=reasons,
+    inputs=_all(roots, found.inputs),
+    sums=_all(roots, found.sums),
+    read={path: _all(roots, use.in_units) for path, use in uses.items()},
+    written={path: _all(roots, use.out_units) for path, use in uses.items()},
+  )
   members = _members(found.variables, uses, roots)
   drafts = _drafts(members, uses, classes)
-  groups, index = [], {}
+  groups: list[records.ChannelGroup] = []
+  index: dict[int, tuple[int, int]] = {}
   for draft in drafts:
     for channel, root in enumerate(draft):
       index[root] = (len(groups), channel)
-    groups.append(_group(draft, members, found.variables, uses, classes))
-  groups = _unique_names(groups)
+    groups.append(_group(draft, members, uses, classes))
   layers = {
     path: _layer(use, kinds[path], index, roots) for path, use in uses.items()
   }
-  return records.ChannelGraph(layers, groups, tuple(found.ledger.others))
+  others = tuple(found.ledger.others)
+  return records.ChannelGraph(layers, _unique_names(groups), others)
 
 
 def _all(roots, arrays) -> frozenset[int]:
@@ -48,10 +59,10 @@ def _channel_roots(uses, roots) -> np.ndarray:
   return np.unique(roots[np.concatenate(ids)])
 
 
-def _members(variables, uses, roots):
+def _members(variables, uses, roots) -> _Members:
   """For each channel class, its (path, axis, positions) in the Variables."""
   channels = _channel_roots(uses, roots)
-  members = {int(root): {} for root in channels}
+  members: _Members = {int(root): {} for root in channels}
   for path, axes in variables.items():
     for axis, ids in enumerate(axes):
       found = roots[ids]
@@ -64,12 +75,7 @@ def _members(variables, uses, roots):
 def _drafts(members, uses, classes):
   """Lists of classes that form a group each, in the order of the program."""
   place = _places(uses, classes.roots)
-  produced = {
-    int(r)
-    for use in uses.values()
-    for ids in use.out_units
-    for r in classes.roots[ids]
-  }
+  produced = frozenset().union(*classes.written.values())
   kernels = {f'{path}/kernel' for path in uses}
   drafts: dict[tuple, list[int]] = {}
   for root, owned in members.items():
@@ -77,13 +83,15 @@ def _drafts(members, uses, classes):
     if root in produced or root in classes.inputs or has_owner:
       signature = tuple((key, len(where)) for key, where in owned.items())
       drafts.setdefault((root in classes.inputs, signature), []).append(root)
-  drafts = [sorted(draft, key=place.get) for draft in drafts.values()]
-  return sorted(drafts, key=lambda draft: place[draft[0]])
+  ordered = [
+    sorted(draft, key=lambda root: place[root]) for draft in drafts.values()
+  ]
+  return sorted(ordered, key=lambda draft: place[draft[0]])
 
 
 def _places(uses, roots):
   """When and where each class is written first; read, if it is not written."""
-  place = {}
+  place: dict[int, tuple[int, int]] = {}
   for order, use in enumerate(uses.values()):
     if use.depthwise:
       continue
@@ -97,20 +105,9 @@ def _places(uses, roots):
   return place
 
 
-def _touching(draft, uses, roots, side):
-  """Paths of the layers one of whose sides has a class of the draft."""
-  wanted = np.asarray(draft)
-  return tuple(
-    path
-    for path, use in uses.items()
-    if any(np.isin(roots[ids], wanted).any() for ids in getattr(use, side))
-  )
-
-
-def _group(draft, members, variables, uses, classes):
-  roots = classes.roots
-  writers = _touching(draft, uses, roots, 'out_units')
-  readers = _touching(draft, uses, roots, 'in_units')
+def _group(draft, members, uses, classes):
+  writers = [p for p in uses if not classes.written[p].isdisjoint(draft)]
+  readers = [p for p in uses if not classes.read[p].isdisjoint(draft)]
   passes = tuple(p for p in writers if uses[p].depthwise)
   producers = tuple(p for p in writers if p not in passes)
   consumers = tuple(p for p in readers if p not in passes)
@@ -124,7 +121,7 @@ def _group(draft, members, variables, uses, classes):
   joins = len(producers) + is_input > 1
   reasons = (classes.reasons[r] for r in draft if r in classes.reasons)
   group = records.ChannelGroup(
-    name='input' if is_input else '+'.join(producers) or slices[0].path,
+    name='input' if is_input else '+'.join(producers) or _owner(slices, uses),
     size=len(draft),
     slices=slices,
     producers=producers,
@@ -137,6 +134,12 @@ def _group(draft, members, variables, uses, classes):
   if not group.reason:
     group = dataclasses.replace(group, reason=_structural(group, uses))
   return group
+
+
+def _owner(slices, uses) -> str:
+  """The first Variable that is no kernel: an embedding, a raw parameter."""
+  kernels = {f'{path}/kernel' for path in uses}
+  return next(part.path for part in slices if part.path not in kernels)
 
 
 def _structural(group, uses) -> str:

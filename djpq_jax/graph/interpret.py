@@ -10,12 +10,13 @@ import numpy as np
 
 from djpq_jax.graph import arrays
 from djpq_jax.graph import labels
+from djpq_jax.graph import layout
 from djpq_jax.graph import products
 from djpq_jax.graph import units as units_lib
 
 CALLS = frozenset(
-  """call checkpoint closed_call core_call custom_jvp_call custom_vjp_call
-  custom_vjp_call_jaxpr jit pjit remat remat2""".split()
+  """call checkpoint closed_call composite core_call custom_jvp_call
+  custom_vjp_call custom_vjp_call_jaxpr jit pjit remat remat2""".split()
 )
 CONSTANT = 'combined with a constant array of fixed size'
 
@@ -128,14 +129,17 @@ class Interpreter:
     return [dataclasses.replace(x, sources=x.sources | found) for x in outputs]
 
   def _scan(self, eqn, operands, repeat):
-    p = eqn.params
-    whole = p['num_consts'] + p['num_carry']
-    steps = [
-      dataclasses.replace(x, shape=x.shape[1:], axes=x.axes[1:], tag=None)
-      for x in operands[whole:]
-    ]
-    inner = [*operands[:whole], *steps]
-    self.run(p['jaxpr'], inner, repeat * p['length'])
+    """Runs the body on one step; jax versions differ in how they tell which."""
+    body = eqn.params['jaxpr']
+    variables = getattr(body, 'jaxpr', body).invars
+    steps = []
+    for x, var in zip(operands, variables, strict=True):
+      if len(x.shape) > len(var.aval.shape):
+        x = arrays.Traced(
+          x.shape[1:], x.axes[1:], sources=x.sources, params=x.params
+        )
+      steps.append(x)
+    self.run(body, steps, repeat * eqn.params['length'])
 
 
 def _layers_inside(ledger, eqn):
@@ -155,7 +159,7 @@ def _input_labels(units, x):
     return (), None
   is_features = len(x.shape) > 1 and jnp.issubdtype(x.dtype, jnp.inexact)
   axes = [units.opaque(x.shape[0], 'is the batch axis')]
-  axes += [units.opaque(n, labels.POSITION) for n in x.shape[1:]]
+  axes += [units.opaque(n, layout.POSITION) for n in x.shape[1:]]
   if is_features:
     axes[-1] = units.fresh(x.shape[-1])
     units.freeze(axes[-1], "is the model's input")

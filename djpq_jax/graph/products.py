@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
 from djpq_jax.graph import arrays
 from djpq_jax.graph import labels
+from djpq_jax.graph import layout
 from djpq_jax.graph import units as units_lib
 
 
@@ -74,23 +76,20 @@ def dot_general(ledger, eqn, operands, repeat):
   else:
     product = _Product(eqn, left, right, lc, rc, tuple(rf), macs)
   units = ledger.units
-  axes = [
-    labels.join_axes(units, [left.axes[i], right.axes[j]], [1, 1], 1)
-    for i, j in zip(lb, rb, strict=True)
-  ]
+  pairs = zip(lb, rb, strict=True)
+  axes = [units.meet(left.axes[i], right.axes[j]) for i, j in pairs]
+  family: dict[str, Any]
   if _is_kernel(product.right):
     for label in axes:
       units.freeze(label, f'is a batch axis of {product.right.tag.layer}')
-    for i, j in zip(lc, rc, strict=True):
-      labels.join_axes(units, [left.axes[i], right.axes[j]], [1, 1], 1)
     use = _record(ledger, product, repeat, shape)
-    _record_axes(use, product)
-    sources, params = frozenset([use.path]), frozenset()
+    _record_axes(units, use, product)
+    family = {'sources': frozenset([use.path])}
   else:
     _record_other(ledger, product, repeat)
-    sources, params = arrays.heritage(operands).values()
+    family = arrays.heritage(operands)
   axes += [left.axes[d] for d in lf] + [right.axes[d] for d in rf]
-  return [arrays.Traced(shape, tuple(axes), None, sources, params)]
+  return [arrays.Traced(shape, tuple(axes), **family)]
 
 
 def _record(ledger, product, repeat, shape):
@@ -125,37 +124,45 @@ def _kernel_axes(x, dims):
   return tuple(x.tag.axes[d] for d in dims)
 
 
-def _record_axes(use, product):
+def _record_axes(units, use, product):
   right, left = product.right, product.left
+
+  def known(label, size):
+    return units.opaque(size, layout.POSITION) if label is None else label
+
   use.in_axes = _kernel_axes(right, product.right_axes)
   use.out_axes = _kernel_axes(right, product.right_free)
   use.in_units = [
-    right.axes[j] if right.axes[j] is not None else left.axes[i]
+    known(units.meet(right.axes[j], left.axes[i]), left.shape[i])
     for i, j in zip(product.left_axes, product.right_axes, strict=True)
   ]
-  use.out_units = [right.axes[d] for d in product.right_free]
+  use.out_units = [
+    known(right.axes[d], right.shape[d]) for d in product.right_free
+  ]
 
 
 def _record_other(ledger, product, repeat):
   """A product outside of the MAC layers: nobody can gate its operands."""
   left, right, units = product.left, product.right, ledger.units
   name = product.eqn.primitive.name
-  raw = sorted(
-    path for x in (left, right) if not x.sources for path in x.params
-  )
-  if raw:
-    reason = f'multiplied with the raw parameter {"+".join(raw)} ({name})'
-  else:
-    reason = f'contracted by a product of two activations ({name})'
+  what = _other_operands(left, right)
   shapes = f'{list(left.shape)} x {list(right.shape)}'
-  what = 'raw parameter ' + '+'.join(raw) if raw else 'two activations'
   macs = ledger.per_example(product.macs * repeat)
   ledger.others.append((f'{name} of {what}, {shapes}', macs))
+  reason = f'contracted by a product of {what} ({name})'
   for x, dims in ((left, product.left_axes), (right, product.right_axes)):
     # A parameter's free axes become channels that no layer produces.
-    whole = raw and not x.sources
-    for d in range(len(x.shape)) if whole else dims:
+    for d in dims if x.sources else range(len(x.shape)):
       units.freeze(x.axes[d], reason)
+
+
+def _other_operands(left, right) -> str:
+  """In words, what a product outside of the layers multiplies."""
+  still = [x for x in (left, right) if not x.sources]
+  raw = sorted({path for x in still for path in x.params})
+  if raw:
+    return 'the raw parameter ' + ' and '.join(raw)
+  return 'an activation and a constant' if still else 'two activations'
 
 
 def conv_general_dilated(ledger, eqn, operands, repeat):
@@ -166,18 +173,19 @@ def conv_general_dilated(ledger, eqn, operands, repeat):
   product = _conv_product(eqn, left, right)
   shape = tuple(eqn.outvars[0].aval.shape)
   out_label = right.axes[eqn.params['dimension_numbers'].rhs_spec[0]]
+  family: dict[str, Any]
   if _is_kernel(right):
     use = _record(ledger, product, repeat, shape)
     _tie_conv(ledger.units, product, use)
-    sources, params = frozenset([use.path]), frozenset()
+    family = {'sources': frozenset([use.path])}
   else:
     _record_other(ledger, product, repeat)
     for x in operands:
       for label in x.axes:
         ledger.units.freeze(label, 'convolved outside of a layer')
-    sources, params = arrays.heritage(operands).values()
+    family = arrays.heritage(operands)
   axes = _conv_axes(ledger.units, eqn, left, out_label)
-  return [arrays.Traced(shape, axes, None, sources, params)]
+  return [arrays.Traced(shape, axes, **family)]
 
 
 def _conv_product(eqn, left, right):
@@ -205,30 +213,35 @@ def _conv_product(eqn, left, right):
 def _tie_conv(units, product, use):
   """Dense, depthwise or grouped: who depends on whom."""
   left, right = product.left, product.right
+  groups = product.eqn.params['feature_group_count']
+  if groups == 1:
+    _record_axes(units, use, product)
+    return
   channels = left.shape[product.left_axes[0]]
   features = right.shape[product.right_free[0]]
-  groups = product.eqn.params['feature_group_count']
   ins = left.axes[product.left_axes[0]]
-  kernel_ins = right.axes[product.right_axes[0]]
-  outs = right.axes[product.right_free[0]]
-  _record_axes(use, product)
-  if groups == 1:
-    labels.join_axes(units, [ins, kernel_ins], [1, 1], 1)
-    return
-  use.depthwise = groups == channels == features
   if ins is None:
-    ins = units.opaque(channels, labels.POSITION)
-  use.in_units = [ins]
+    ins = units.opaque(channels, layout.POSITION)
+  outs = right.axes[product.right_free[0]]
+  if outs is None:
+    outs = units.opaque(features, layout.POSITION)
+  use.in_axes = _kernel_axes(right, product.right_axes)
+  use.out_axes = _kernel_axes(right, product.right_free)
+  use.in_units, use.out_units = [ins], [outs]
+  use.depthwise = groups == channels == features
   if use.depthwise:
-    labels.join_axes(units, [ins, outs], [1, 1], 1)
-    return
-  multiplier = groups == channels
-  reason = (
-    f'depthwise convolution with a channel multiplier in {use.path}'
-    if multiplier
-    else f'grouped convolution in {use.path}'
-  )
-  for label in (ins, kernel_ins, outs):
+    units.meet(ins, outs)
+  else:
+    _freeze_groups(units, product, use, groups == channels)
+
+
+def _freeze_groups(units, product, use, multiplier):
+  if multiplier:
+    reason = f'depthwise convolution with a channel multiplier in {use.path}'
+  else:
+    reason = f'grouped convolution in {use.path}'
+  kernel_ins = product.right.axes[product.right_axes[0]]
+  for label in (*use.in_units, *use.out_units, kernel_ins):
     units.freeze(label, reason)
 
 
@@ -242,5 +255,5 @@ def _conv_axes(units, eqn, left, out_label):
     numbers.lhs_spec[2:], numbers.out_spec[2:], strict=True
   ):
     units.freeze(left.axes[source], 'convolved over')
-    axes[target] = units.opaque(shape[target], labels.POSITION)
+    axes[target] = units.opaque(shape[target], layout.POSITION)
   return tuple(axes)

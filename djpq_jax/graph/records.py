@@ -13,7 +13,8 @@ class MacLayer:
     path: '/'-joined module path, e.g. 'blocks/0/conv1'.
     kind: class name, e.g. 'Conv', 'Linear', 'LinearGeneral', 'Einsum'.
     macs: multiply-accumulates per example of the dense layer, over all calls.
-      Zero padding counts; the zeros that a dilated input inserts do not.
+      Zero padding counts; the zeros that a dilated input inserts do not. A
+      scan counts all its trips, a while loop one, a cond all its branches.
     calls: how often the model calls the layer in one forward pass.
     weights: kernel elements.
     feature_axis: axis (negative) of the layer's `inputs` that holds the input

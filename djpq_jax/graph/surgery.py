@@ -175,6 +175,15 @@ def _embed(module):
   _set(module, num_embeddings=n, features=features)
 
 
+def _attention(module):
+  _set(
+    module,
+    in_features=module.query.kernel.shape[0],
+    in_kv_features=module.key.kernel.shape[0],
+    out_features=module.out.kernel.shape[-1],
+  )
+
+
 _UPDATES = {
   nnx.Linear: _linear,
   nnx.LinearGeneral: _linear_general,
@@ -187,4 +196,5 @@ _UPDATES = {
   nnx.InstanceNorm: _norm,
   nnx.GroupNorm: _group_norm,
   nnx.Embed: _embed,
+  nnx.MultiHeadAttention: _attention,
 }

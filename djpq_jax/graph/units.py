@@ -48,6 +48,27 @@ class Units:
     if ids is not None and not self.is_opaque(ids):
       self._frozen.append((ids, reason))
 
+  def join(self, labels, sizes, size: int) -> np.ndarray | None:
+    """As `meet`, where axes of extent 1 are broadcast to `size`."""
+    for label, extent in zip(labels, sizes, strict=True):
+      if extent != size:
+        self.freeze(label, 'one channel is broadcast over an axis')
+    same = zip(labels, sizes, strict=True)
+    return self.meet(*(label for label, extent in same if extent == size))
+
+  def meet(self, *labels: np.ndarray | None) -> np.ndarray | None:
+    """Ties the labels that meet on an axis; returns the result's label."""
+    result = None
+    for label in labels:
+      if label is None:
+        continue
+      if result is not None:
+        self.tie(result, label)
+      # Positions stay positions when a parameter per position is added.
+      if result is None or self.is_opaque(label):
+        result = label
+    return result
+
   def solve(self) -> tuple[np.ndarray, dict[int, str]]:
     """Returns the class of each unit, and the reason of each frozen class."""
     roots = np.arange(self._size)

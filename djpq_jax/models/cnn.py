@@ -1,6 +1,7 @@
 """Small convolutional networks: one for digits, and LeNet-5."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from flax import nnx
 import jax
@@ -122,7 +123,7 @@ class LeNet5(nnx.Module):
   ):
     self.input_shape = check_input_shape(input_shape, 4)
     height, width, inputs = self.input_shape
-    init = dict(kernel_init=HE_NORMAL, rngs=rngs)
+    init: dict[str, Any] = dict(kernel_init=HE_NORMAL, rngs=rngs)
     self.conv1 = nnx.Conv(inputs, 32, (5, 5), padding='SAME', **init)
     self.conv2 = nnx.Conv(32, 64, (5, 5), padding='SAME', **init)
     self.fc1 = nnx.Linear(height // 4 * (width // 4) * 64, 512, **init)

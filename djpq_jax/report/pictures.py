@@ -71,7 +71,7 @@ def plot_curves(report: Report, path: str | os.PathLike[str]) -> pathlib.Path:
   steps = _running_steps(history)
   figure = _figure(report, 6.8)
   (accuracy, bops), (bits, kept) = figure.subplots(2, 2, sharex=True)
-  _draw_accuracy(accuracy, steps, history)
+  _draw_accuracy(accuracy, steps, report)
   _draw_bops(bops, steps, history, report['budget'])
   _draw_mean_bits(bits, steps, history)
   _draw_kept(kept, steps, history)
@@ -159,16 +159,38 @@ def _label_bars(
     )
 
 
-def _draw_accuracy(axes: Any, steps: Sequence[float], history: Records) -> None:
+def _draw_accuracy(axes: Any, steps: Sequence[float], report: Report) -> None:
+  history = report['history']
   train = _series(steps, history, 'accuracy', 100)
   test = _series(steps, history, 'eval_accuracy', 100)
+  final = 100 * report['float_accuracy'], 100 * report['accuracy']
+  axes.axhline(final[0], color=_GREY, lw=1.2, ls='--', label='float32')
   axes.plot(*train, color=_BLUE, alpha=0.45, lw=1, label='training batch')
-  axes.plot(*test, color=_RED, lw=1.5, marker='o', ms=3, label='held out')
-  _title(axes, 'Accuracy, %', lift=10)
+  if test[0]:
+    axes.plot(*test, color=_ORANGE, lw=1.5, marker='o', ms=3, label='test')
+  axes.plot(
+    steps[-1:],
+    final[1:],
+    color=_RED,
+    marker='D',
+    ms=5,
+    ls='',
+    clip_on=False,
+    zorder=3,
+    label='hardened',
+  )
   # The first steps are guesses; they would squeeze all the others.
-  seen = sorted(test[1][1:] or train[1])
-  low = 10 * (seen[len(seen) // 10] // 10) - 5 if seen else 0
-  axes.set_ylim(max(0, min(low, 90)), 100.6)
+  seen = [y for _, y in _later(steps, train) + _later(steps, test)]
+  axes.set_ylim(min(90, 5 * (min([*seen, *final]) // 5)), 100.6)
+  _title(axes, 'Accuracy, %', lift=10)
+
+
+def _later(
+  steps: Sequence[float], series: tuple[Sequence[float], Sequence[float]]
+) -> list[tuple[float, float]]:
+  """The points after the first twentieth of the run."""
+  start = steps[0] + (steps[-1] - steps[0]) / 20
+  return [(x, y) for x, y in zip(*series, strict=True) if x > start]
 
 
 def _draw_bops(
@@ -177,18 +199,17 @@ def _draw_bops(
   history: Records,
   budget: float | None,
 ) -> None:
-  axes.plot(
-    *_series(steps, history, 'relative_bops', 100),
-    color=_BLUE,
-    lw=1.5,
-    label='model',
-  )
+  from matplotlib import ticker
+
+  x, y = _series(steps, history, 'relative_bops', 100)
+  axes.plot(x, y, color=_BLUE, lw=1.5, label='model')
   if budget:
-    axes.axhline(100 * budget, color=_RED, lw=1.2, ls='--')
-    axes.plot(
-      [], color=_RED, lw=1.2, ls='--', label=f'budget {text.percent(budget)}'
-    )
+    label = f'budget {text.percent(budget)}'
+    axes.axhline(100 * budget, color=_RED, lw=1.2, ls='--', label=label)
   axes.set_yscale('log')
+  low, high = axes.get_ylim()
+  digits = (1, 2, 5) if high < 300 * low else (1,)
+  axes.yaxis.set_major_locator(ticker.LogLocator(subs=digits))
   axes.yaxis.set_major_formatter(lambda value, _: f'{value:g}')
   axes.yaxis.set_minor_formatter(lambda value, _: '')
   _title(axes, 'BOPs, % of float32', lift=10)
@@ -299,8 +320,8 @@ def _figure(report: Report, height: float) -> Any:
 def _result(report: Report) -> str:
   relative = report['relative_bops']
   return (
-    f'{100 * report["accuracy"]:.1f} % accuracy at {text.percent(relative)} of '
-    f'the bit operations (float32: {100 * report["float_accuracy"]:.1f} %)'
+    f'{100 * report["accuracy"]:.2f} % accuracy at {text.percent(relative)} of '
+    f'the bit operations (float32: {100 * report["float_accuracy"]:.2f} %)'
   )
 
 
@@ -318,11 +339,11 @@ def _title(axes: Any, title: str, *, lift: float = 0) -> None:
       loc='lower left',
       bbox_to_anchor=(0, 1),
       bbox_transform=raised,
-      ncols=3,
+      ncols=4,
       frameon=False,
       fontsize=_SMALL,
       handlelength=1.3,
-      columnspacing=1.2,
+      columnspacing=1.1,
       borderpad=0,
       borderaxespad=0,
     )

@@ -1,0 +1,115 @@
+"""What each layer of a compressed model costs, now or under a plan."""
+
+import dataclasses
+import fractions
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from djpq_jax import cost
+from djpq_jax.compress import structure as structure_lib
+from djpq_jax.compress import wrapped
+
+FLOAT_BITS = 32
+
+
+def usage(model: wrapped.Compressed) -> list[cost.LayerUse]:
+  """What each layer costs now, differentiable in gates and quantizers.
+
+  Products outside of layers, as in attention, count as 32 x 32 bits.
+  """
+  structure = model.structure
+  masks = structure_lib.open_masks(structure)
+  keep: list[Any] = [np.float32(1)] * len(masks)
+  for g, mask in enumerate(masks):
+    keep[g] = mask.astype(np.float32)
+  if structure.plan is None:
+    for g, gate in zip(structure.gated, model.gates):
+      keep[g] = gate.keep()
+  found = {path: operands for path, _, operands in wrapped.hooks(model)}
+  uses = []
+  for path, layer in structure.graph.layers.items():
+    operands = found.get(path)
+    uses.append(
+      cost.LayerUse(
+        name=path,
+        macs=layer.macs,
+        weights=layer.weights,
+        keep_in=_share(layer.in_group, layer.in_channel, keep),
+        keep_out=1.0
+        if layer.depthwise
+        else _share(layer.out_group, layer.out_channel, keep),
+        weight_bits=_bits(operands.weight if operands else None),
+        act_bits=_bits(operands.act if operands else None),
+      )
+    )
+  return uses + _other_uses(structure.graph)
+
+
+def _other_uses(graph) -> list[cost.LayerUse]:
+  return [
+    cost.LayerUse(
+      name=name,
+      macs=macs,
+      weights=0,
+      keep_in=1.0,
+      keep_out=1.0,
+      weight_bits=float(FLOAT_BITS),
+      act_bits=float(FLOAT_BITS),
+    )
+    for name, macs in graph.other_macs
+  ]
+
+
+def _bits(quantizer):
+  return float(FLOAT_BITS) if quantizer is None else quantizer.bits()
+
+
+def _share(group, channel, keep):
+  """Mean of the kept fractions of a layer's channels, 1 where untraced."""
+  total: Any = 0.0
+  for g in np.unique(group):
+    count = np.bincount(channel[group == g])
+    if g < 0:
+      total += float(count.sum())
+    else:
+      weights = np.zeros(len(keep[g]), np.float32)
+      weights[: len(count)] = count
+      total += jnp.dot(jnp.asarray(keep[g]), weights)
+  return total / len(group)
+
+
+def planned_usage(
+  structure: structure_lib.Structure, plan: structure_lib.Plan
+) -> list[cost.LayerUse]:
+  """What each layer costs under a plan, in exact whole numbers."""
+  masks = structure_lib.open_masks(dataclasses.replace(structure, plan=plan))
+
+  def share(group, channel):
+    kept = sum(
+      int(masks[g][c]) if g >= 0 else 1 for g, c in zip(group, channel)
+    )
+    return fractions.Fraction(kept, len(group))
+
+  one = fractions.Fraction(1)
+  uses = [
+    cost.LayerUse(
+      name=path,
+      macs=layer.macs,
+      weights=layer.weights,
+      keep_in=share(layer.in_group, layer.in_channel),
+      keep_out=one
+      if layer.depthwise
+      else share(layer.out_group, layer.out_channel),
+      weight_bits=plan.weight_bits.get(path, FLOAT_BITS),
+      act_bits=plan.act_bits.get(path, FLOAT_BITS),
+    )
+    for path, layer in structure.graph.layers.items()
+  ]
+  exact: dict[str, Any] = dict(
+    keep_in=one, keep_out=one, weight_bits=FLOAT_BITS, act_bits=FLOAT_BITS
+  )
+  return uses + [
+    dataclasses.replace(u, **exact) for u in _other_uses(structure.graph)
+  ]

@@ -1,0 +1,191 @@
+"""Attaches gates and quantizers to a copy of any nnx model."""
+
+from collections.abc import Callable, Iterable
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from djpq_jax import graph as graph_lib
+from djpq_jax import layers
+from djpq_jax.compress import structure as structure_lib
+from djpq_jax.compress import wrapped
+
+CLIP_PERCENTILE = 99.9
+
+
+def compress(
+  model, rules: Iterable[structure_lib.Rule] = (), x=None, *, bits: float = 8.0
+):
+  """Attaches gates and quantizers to a copy of a model.
+
+  Args:
+    model: any nnx model, trained or not; it is left as it is.
+    rules: what differs from the defaults, see `Rule` and `resolve`.
+    x: a batch of real inputs, or a tuple of arguments: activations are
+      calibrated on it.
+    bits: bits that every grid begins with, within its bounds.
+
+  Returns:
+    A `Compressed` model that computes nearly what `model` does.
+
+  Raises:
+    ValueError: a rule matches no layer, `x` is missing or not finite, or the
+      model cannot be traced.
+  """
+  args = x if isinstance(x, tuple) else (x,)
+  if x is None or any(isinstance(a, jax.ShapeDtypeStruct) for a in args):
+    raise ValueError(
+      'compress needs a batch of real inputs x, to calibrate activations on'
+    )
+  for leaf in jax.tree.leaves(args):
+    if not np.all(np.isfinite(np.asarray(leaf, np.float32))):
+      raise ValueError('the calibration batch has values that are not finite')
+  view = wrapped.eval_view(model)
+  structure = structure_lib.resolve(graph_lib.trace(view, *args), rules)
+  compressed = assemble(model, structure, bits)
+  calibrate(compressed, *args)
+  return compressed
+
+
+def assemble(
+  model, structure: structure_lib.Structure, bits: float = 8.0
+) -> wrapped.Compressed:
+  """Attaches operands as `structure` says; activations are not calibrated."""
+  model = nnx.clone(model)
+  modules = wrapped.layer_modules(model)
+
+  def weight(path):
+    settings = structure.layers[path]
+    if not settings.quantize:
+      return None
+    out_axis = structure.graph.layers[path].out_axis
+    kernel = modules[path].kernel[...]
+    return layers.Quantizer(
+      _weight_clip(kernel, out_axis if settings.per_channel else None),
+      float(np.clip(bits, *settings.weight_bits)),
+      signed=True,
+      bounds=settings.weight_bits,
+      learn_exponent=settings.exponent,
+    )
+
+  def act(path):
+    settings = structure.layers[path]
+    if not settings.quantize:
+      return None
+    return _act_quantizer(settings, bits, 1.0, signed=True)
+
+  attach_operands(model, structure, weight, act)
+  gates = [
+    layers.Gate(g.size, min_open=g.min_channels)
+    for g in (structure.groups[i] for i in structure.gated)
+  ]
+  return wrapped.Compressed(model, gates, structure)
+
+
+def attach_operands(
+  model,
+  structure: structure_lib.Structure,
+  weight: Callable[[str], nnx.Module | None],
+  act: Callable[[str], nnx.Module | None],
+) -> None:
+  """Puts a hook on every layer that multiplies and accumulates, in place.
+
+  Args:
+    model: the model inside of a `Compressed`, cut as `structure` says.
+    structure: tells which gates a layer's input has.
+    weight: makes the quantizer of a layer's kernel, given its path.
+    act: makes the quantizer of a layer's input.
+  """
+  modules = wrapped.layer_modules(model)
+  for path, layer in structure.graph.layers.items():
+    promote = modules[path].promote_dtype
+    if isinstance(promote, layers.Operands):
+      promote = promote.promote
+    operands = layers.Operands(
+      path,
+      weight=weight(path),
+      act=act(path),
+      gate=_gate_index(layer, structure),
+      feature_axis=layer.feature_axis,
+      promote=promote,
+    )
+    modules[path].promote_dtype = nnx.data(operands)
+
+
+def _weight_clip(kernel, out_axis: int | None):
+  axes = tuple(a for a in range(kernel.ndim) if a != out_axis)
+  if out_axis is None:
+    axes = tuple(range(kernel.ndim))
+  largest = jnp.max(jnp.abs(kernel), axis=axes, keepdims=out_axis is not None)
+  return jnp.where(largest > 0, largest, 1.0)
+
+
+def _act_quantizer(settings, bits, clip, *, signed) -> layers.Quantizer:
+  bounds = settings.act_bits
+  if signed:  # a sign and one magnitude need two bits
+    bounds = (max(2, bounds[0]), max(2, bounds[1]))
+  return layers.Quantizer(
+    clip, float(np.clip(bits, *bounds)), signed=signed, bounds=bounds
+  )
+
+
+def _gate_index(
+  layer, structure: structure_lib.Structure
+) -> layers.GateIndex | None:
+  """Finds the gates of a layer's inputs in what is left of its groups."""
+  if layer.depthwise:  # passes its group on: the next layer gates it
+    return None
+  group, channel = _left(layer.in_group, layer.in_channel, structure)
+  gates = tuple(k for k, g in enumerate(structure.gated) if np.any(group == g))
+  if not gates:
+    return None
+  sizes = _sizes_left(structure)
+  index = np.zeros(len(group), int)
+  start = 1
+  for k in gates:
+    g = structure.gated[k]
+    index = np.where(group == g, start + channel, index)
+    start += sizes[g]
+  whole = len(gates) == 1 and np.array_equal(index, np.arange(1, start))
+  return layers.GateIndex(gates, None if whole else index)
+
+
+def _sizes_left(structure: structure_lib.Structure) -> list[int]:
+  return [int(mask.sum()) for mask in structure_lib.open_masks(structure)]
+
+
+def _left(group, channel, structure: structure_lib.Structure):
+  """Drops removed channels from a channel map and renumbers the rest."""
+  masks = structure_lib.open_masks(structure)
+  kept = np.ones(len(group), bool)
+  renumbered = np.array(channel)
+  for g in np.unique(group[group >= 0]):
+    at = group == g
+    kept[at] = masks[g][channel[at]]
+    renumbered[at] = (np.cumsum(masks[g]) - 1)[channel[at]]
+  return group[kept], renumbered[kept]
+
+
+def calibrate(
+  model: wrapped.Compressed, *args, percentile: float = CLIP_PERCENTILE
+):
+  """Sets every input quantizer's sign and clip from one batch, in place.
+
+  The clip is a percentile of the magnitudes that enter the layer.
+  """
+  taps = wrapped.inputs_of(model, *args)
+  for path, _, operands in wrapped.hooks(model):
+    if operands.act is None:
+      continue
+    values = [np.asarray(v, np.float32) for v in taps.get(path, [])]
+    if not values:
+      continue
+    x = np.concatenate([v.ravel() for v in values])
+    clip = np.percentile(np.abs(x), percentile) or np.abs(x).max() or 1.0
+    settings = model.structure.layers[path]
+    signed = bool(x.min() < 0)
+    bits = round(float(operands.act.bits()))
+    act = _act_quantizer(settings, bits, clip, signed=signed)
+    operands.act = nnx.data(act)

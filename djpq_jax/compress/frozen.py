@@ -1,0 +1,118 @@
+"""Carries a plan out: cuts channels, fixes bits, folds gates."""
+
+import dataclasses
+
+from flax import nnx
+import numpy as np
+
+from djpq_jax import graph as graph_lib
+from djpq_jax import layers
+from djpq_jax.compress import attach
+from djpq_jax.compress import structure as structure_lib
+from djpq_jax.compress import wrapped
+
+CLIP_SAMPLES = 100_000  # values of a tensor that a clip is fitted to
+
+
+def freeze(
+  model: wrapped.Compressed, plan: structure_lib.Plan, *args
+) -> wrapped.Compressed:
+  """Carries a plan out: cuts channels and fixes bits.
+
+  Args:
+    model: a compressed model whose channels are all still there.
+    plan: open channels per group and bits per layer.
+    *args: a batch of inputs, on which each grid's clip is fitted to its bits.
+
+  Returns:
+    A new, smaller `Compressed` model.  Its gates are the kept channels'
+    means, now learned scales without noise; its quantizers keep their bits.
+  """
+  structure = dataclasses.replace(model.structure, plan=plan)
+  inner = graph_lib.slice_channels(
+    model.model, structure.graph, dict(plan.open)
+  )
+  gates = []
+  for g, gate in zip(structure.gated, model.gates):
+    mask = structure_lib.open_masks(structure)[g]
+    scale = gate.mu[...][np.flatnonzero(mask)]
+    gates.append(layers.Gate(int(mask.sum()), scale=scale, noisy=False))
+  frozen = wrapped.Compressed(inner, gates, structure)
+  found = {path: operands for path, _, operands in wrapped.hooks(frozen)}
+  attach.attach_operands(
+    inner, structure, lambda p: found[p].weight, lambda p: found[p].act
+  )
+  inputs = wrapped.inputs_of(frozen, *args)
+  for path, module, operands in wrapped.hooks(frozen):
+    if operands.weight is None:
+      continue
+    operands.weight = nnx.data(
+      _fixed(operands.weight, plan.weight_bits[path], module.kernel[...])
+    )
+    operands.act = nnx.data(
+      _fixed(operands.act, plan.act_bits[path], *inputs[path])
+    )
+  return frozen
+
+
+def _fixed(quantizer, bits: int, *tensors) -> layers.Quantizer:
+  """The quantizer at `bits`, its clip the one of least squared error."""
+  _, clip, exponent = quantizer.grid()
+  clip = np.asarray(clip)
+  if quantizer.log_exponent is None:  # else the grid is no copy of the tensor
+    clip = _best_clip(clip, 2.0 ** (bits - quantizer.signed) - 1, tensors)
+  return layers.Quantizer(
+    clip,
+    bits,
+    signed=quantizer.signed,
+    bounds=(bits, bits),
+    learn_exponent=quantizer.log_exponent is not None,
+    fixed=True,
+    exponent=exponent,
+  )
+
+
+def _best_clip(clip: np.ndarray, levels: float, tensors) -> np.ndarray:
+  """Searches a factor on the clip, for each grid of its own."""
+  if clip.ndim:  # one grid per output channel: one column each
+    x = np.asarray(tensors[0], np.float32).reshape(-1, clip.size)
+  else:
+    x = np.concatenate([np.ravel(np.asarray(t, np.float32)) for t in tensors])
+    x = x[:: max(1, x.size // CLIP_SAMPLES), None]
+  best, least = clip.ravel(), np.full(clip.size, np.inf, np.float32)
+  for scale in np.geomspace(0.2, 1.5, 32):
+    edge = clip.ravel() * np.float32(scale)
+    step = edge / np.float32(levels)
+    rounded = step * np.round(np.clip(x, -edge, edge) / step)
+    error = np.square(rounded - x).sum(axis=0)
+    best = np.where(error < least, edge, best)
+    least = np.minimum(error, least)
+  return best.reshape(clip.shape)
+
+
+def fold_gates(model: wrapped.Compressed):
+  """The plain float model that a frozen model without quantizers stands for.
+
+  Each gate's scale goes into the kernels that read its channels.
+
+  Raises:
+    ValueError: the model is not frozen, or a layer of it is quantized.
+  """
+  if model.structure.plan is None:
+    raise ValueError('fold_gates needs a model that was frozen with a plan')
+  values = [gate.mean() for gate in model.gates]
+  plain = nnx.clone(model.model)
+  modules = wrapped.layer_modules(plain)
+  for path, layer in model.structure.graph.layers.items():
+    module = modules[path]
+    operands = module.promote_dtype
+    if operands.weight is not None or operands.act is not None:
+      raise ValueError(f'layer {path} is quantized: its gates cannot be folded')
+    if operands.gate is not None:
+      shape = [1] * module.kernel.ndim
+      assert layer.in_axis is not None  # else its group has no gate
+      shape[layer.in_axis] = -1
+      scale = operands.gate.pick(values).reshape(shape)
+      module.kernel.set_value(module.kernel[...] * scale)
+    module.promote_dtype = nnx.static(operands.promote)
+  return plain

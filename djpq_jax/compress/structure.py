@@ -1,0 +1,209 @@
+"""Rules, and what they come to for a traced model."""
+
+from collections.abc import Iterable, Mapping
+import dataclasses
+import fnmatch
+import math
+from typing import Any
+
+import numpy as np
+
+from djpq_jax import graph as graph_lib
+
+MAX_BITS = 16  # products of wider integers are no longer exact in float32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+  """What to do with the layers whose path matches; None leaves a default.
+
+  Rules apply in order, so a later one overrides an earlier one field by field.
+
+  Attributes:
+    pattern: shell-style pattern of layer paths, as 'blocks/*/conv1' or '*'.
+    quantize: False leaves the layer's operands in float32.
+    weight_bits: smallest and largest bits of the kernel, within [2, 16].
+    act_bits: smallest and largest bits of the input, within [1, 16].
+    prune: whether the layer's output channels may be removed.  Default: yes,
+      but not channels that a residual add ties to other layers.
+    align: kept channels come in multiples of this.
+    min_channels: channels that are always kept.
+    exponent: whether the kernel's quantizer learns an exponent.  Default: no.
+    per_channel: one weight grid per output channel instead of one per kernel.
+  """
+
+  pattern: str
+  quantize: bool | None = None
+  weight_bits: tuple[float, float] | None = None
+  act_bits: tuple[float, float] | None = None
+  prune: bool | None = None
+  align: int | None = None
+  min_channels: int | None = None
+  exponent: bool | None = None
+  per_channel: bool | None = None
+
+  def __post_init__(self):
+    for name, low in (('weight_bits', 2), ('act_bits', 1)):
+      bits = getattr(self, name)
+      if bits is not None and not (
+        len(bits) == 2 and low <= bits[0] <= bits[1] <= MAX_BITS
+      ):
+        raise ValueError(
+          f'{name} of the rule for {self.pattern!r} must be (min, max) with '
+          f'{low} <= min <= max <= {MAX_BITS}, got {bits}'
+        )
+    for name in ('align', 'min_channels'):
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise ValueError(
+          f'{name} of the rule for {self.pattern!r} must be at least 1, '
+          f'got {value}'
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerSettings:
+  """The rules' outcome for one layer; fields as in `Rule`."""
+
+  quantize: bool = True
+  weight_bits: tuple[float, float] = (2, 8)
+  act_bits: tuple[float, float] = (2, 8)
+  prune: bool | None = None
+  align: int = 1
+  min_channels: int = 1
+  exponent: bool = False
+  per_channel: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupSettings:
+  """What the rules allow for one channel group."""
+
+  name: str
+  size: int
+  align: int
+  min_channels: int
+  reason: str  # '' if its channels may be removed, else why not
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """What is kept: open channels per group and whole bits per tensor.
+
+  Attributes:
+    open: group name -> bool [size]; groups not named stay whole.
+    weight_bits: layer path -> bits of its kernel.
+    act_bits: layer path -> bits of its input.
+  """
+
+  open: Mapping[str, np.ndarray]
+  weight_bits: Mapping[str, int]
+  act_bits: Mapping[str, int]
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns the plan as JSON-ready lists and numbers."""
+    return {
+      'open': {k: np.flatnonzero(v).tolist() for k, v in self.open.items()},
+      'size': {k: len(v) for k, v in self.open.items()},
+      'weight_bits': dict(self.weight_bits),
+      'act_bits': dict(self.act_bits),
+    }
+
+  @classmethod
+  def from_json(cls, tree: Mapping[str, Any]) -> 'Plan':
+    """Reads what `to_json` wrote."""
+    masks = {k: np.zeros(tree['size'][k], bool) for k in tree['open']}
+    for name, kept in tree['open'].items():
+      masks[name][kept] = True
+    bits = {k: dict(tree[k]) for k in ('weight_bits', 'act_bits')}
+    return cls(open=masks, **bits)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Structure:
+  """The static facts of a compressed model.
+
+  Attributes:
+    graph: layers and channel groups of the dense model.
+    layers: layer path -> settings.
+    groups: settings of every channel group, in the graph's order.
+    plan: what was carried out, or None while everything is still open.
+  """
+
+  graph: graph_lib.ChannelGraph
+  layers: Mapping[str, LayerSettings]
+  groups: tuple[GroupSettings, ...]
+  plan: Plan | None = None
+
+  @property
+  def gated(self) -> tuple[int, ...]:
+    """Indices of the groups that have gates, in the order of the gates."""
+    return tuple(i for i, g in enumerate(self.groups) if not g.reason)
+
+
+def resolve(graph: graph_lib.ChannelGraph, rules: Iterable[Rule]) -> Structure:
+  """Applies the rules to a traced model.
+
+  Defaults: kernels 2 to 8 bits, inputs 2 to 8 bits, but 8 for the layers that
+  read the model's input, which is an image; channels of a residual stream
+  stay; channels that the graph cannot prune stay, with its reason.
+
+  Raises:
+    ValueError: a rule matches no layer; the message lists the layers.
+  """
+  rules = tuple(rules)
+  unused = [
+    rule.pattern
+    for rule in rules
+    if not any(fnmatch.fnmatchcase(p, rule.pattern) for p in graph.layers)
+  ]
+  if unused:
+    raise ValueError(
+      f'rules match no layer: {", ".join(unused)}; the layers are '
+      f'{", ".join(graph.layers)}'
+    )
+  settings = {p: _settings(l, rules) for p, l in graph.layers.items()}
+  groups = tuple(_group_settings(g, settings) for g in graph.groups)
+  return Structure(graph, settings, groups)
+
+
+def _settings(layer: graph_lib.MacLayer, rules) -> LayerSettings:
+  fields: dict[str, Any] = {}
+  if layer.first:
+    fields['act_bits'] = (8, 8)
+  for rule in rules:
+    if fnmatch.fnmatchcase(layer.path, rule.pattern):
+      given = dataclasses.asdict(rule)
+      del given['pattern']
+      fields |= {k: v for k, v in given.items() if v is not None}
+  return LayerSettings(**fields)
+
+
+def _group_settings(group, settings) -> GroupSettings:
+  makers = [settings[p] for p in group.producers + group.passes]
+  reason = group.reason
+  if not reason and any(s.prune is False for s in makers):
+    reason = 'a rule keeps its channels'
+  allowed = makers and all(s.prune for s in makers)
+  if not reason and group.residual and not allowed:
+    reason = 'residual stream, kept by default; a rule can allow it'
+  least = max((s.min_channels for s in makers), default=1)
+  align = math.lcm(*(s.align for s in makers))
+  if not reason and -(-least // align) * align >= group.size:
+    reason = f'min_channels={least} and align={align} leave nothing to remove'
+  return GroupSettings(
+    name=group.name,
+    size=group.size,
+    align=align,
+    min_channels=-(-least // align) * align,
+    reason=reason,
+  )
+
+
+def open_masks(structure: Structure) -> list[np.ndarray]:
+  """Which channels of each group are left, bool [size] per group."""
+  plan = structure.plan.open if structure.plan else {}
+  return [
+    np.asarray(plan.get(g.name, np.ones(g.size, bool)))
+    for g in structure.groups
+  ]

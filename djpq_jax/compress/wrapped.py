@@ -1,0 +1,101 @@
+"""The compressed model, called like the one it wraps."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+
+from djpq_jax import layers
+from djpq_jax.compress import structure as structure_lib
+
+
+class Compressed(nnx.Module):
+  """A model with gates and quantizers; called like the model it wraps."""
+
+  def __init__(
+    self,
+    model,
+    gates: Sequence[Any],  # layers.Gate, or what harden leaves of them
+    structure: structure_lib.Structure,
+  ):
+    self.model = model
+    self.gates = nnx.List(gates)
+    self.structure = structure
+
+  def __call__(self, *args, gate_key=None, **kwargs):
+    """Calls the model.
+
+    Args:
+      *args: the model's arguments; the first one is the batch.
+      gate_key: draws noisy gates, one per example; without it the gates are
+        at their means and closed ones at 0.
+      **kwargs: passed on.
+    """
+    if gate_key is None:
+      values = [gate.mean() for gate in self.gates]
+    else:
+      keys = jax.random.split(gate_key, max(1, len(self.gates)))
+      batch = jax.tree.leaves(args)[0].shape[0]
+      values = [g.sample(k, batch) for g, k in zip(self.gates, keys)]
+    with layers.scope(values):
+      return self.model(*args, **kwargs)
+
+
+class Hook(NamedTuple):
+  """A layer that carries operands, with its path."""
+
+  path: str
+  layer: Any
+  operands: layers.Operands
+
+
+def eval_view(model):
+  """`model` as it is used for prediction, sharing its arrays."""
+  return nnx.view(
+    model,
+    deterministic=True,
+    use_running_average=True,
+    raise_if_not_found=False,
+  )
+
+
+def train_view(model):
+  """`model` as it is trained, sharing its arrays."""
+  return nnx.view(
+    model,
+    deterministic=False,
+    use_running_average=False,
+    raise_if_not_found=False,
+  )
+
+
+def layer_modules(model) -> dict[str, Any]:
+  """The layers that multiply and accumulate, by path."""
+  return {
+    '/'.join(map(str, path)): module
+    for path, module in nnx.iter_modules(model)
+    if hasattr(module, 'promote_dtype') and hasattr(module, 'kernel')
+  }
+
+
+def hooks(model: Compressed) -> Iterator[Hook]:
+  """The layers of a compressed (or hardened) model that carry operands."""
+  modules = layer_modules(model.model)
+  for path in model.structure.graph.layers:
+    operands = modules[path].promote_dtype
+    if isinstance(operands, layers.Operands):
+      yield Hook(path, modules[path], operands)
+
+
+def inputs_of(model: Compressed, *args) -> dict[str, list[jax.Array]]:
+  """What enters each layer in prediction, gated, before its quantizer."""
+  graphdef, state = nnx.split(eval_view(model))
+
+  @jax.jit
+  def run(state, args):
+    with layers.tap() as taps:
+      nnx.merge(graphdef, state)(*args)
+    return taps
+
+  return run(nnx.as_pure(state), args)

@@ -1,0 +1,74 @@
+"""Predictions, accuracy and batch statistics of a model at rest."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from djpq_jax import compress
+from djpq_jax import data
+
+
+def predict(model, images: Iterable[Any]) -> np.ndarray:
+  """Logits of a model on batches of images, float32 [N, classes]."""
+  graphdef, state = nnx.split(compress.eval_view(model))
+  state = nnx.as_pure(state)
+
+  @jax.jit
+  def run(state, x):
+    return nnx.merge(graphdef, state)(x).astype(jnp.float32)
+
+  return np.concatenate([np.asarray(run(state, x)) for x in images])
+
+
+def predictions(model, split: data.Split, batch_size: int = 256) -> np.ndarray:
+  """Logits on every image of a split, float32 [N, classes]."""
+  batches = list(data.eval_batches(split, batch_size))
+  logits = predict(model, (b['image'] for b in batches))
+  return logits[np.concatenate([b['mask'] for b in batches]) > 0]
+
+
+def accuracy(logits: np.ndarray, split: data.Split) -> float:
+  """Share of a split's images that the logits get right."""
+  return float((logits.argmax(-1) == split.labels).mean())
+
+
+def evaluate(model, split: data.Split, batch_size: int = 256) -> float:
+  """Share of a split's images that a model gets right."""
+  return accuracy(predictions(model, split, batch_size), split)
+
+
+def estimate_statistics(model, batches: Iterable[Any]):
+  """Replaces batch-norm statistics by their average over some batches.
+
+  Args:
+    model: any model; a copy is returned.
+    batches: batches of images, as training sees them.
+
+  Returns:
+    The model with new means and variances; as it was if it keeps none.
+  """
+  copy = nnx.clone(model)
+  for _, module in nnx.iter_modules(copy):
+    if isinstance(module, nnx.BatchNorm):
+      module.momentum = 0.0  # a call leaves its own batch's statistics
+  view = compress.train_view(copy)
+  graphdef, stats, *others = nnx.split(view, nnx.BatchStat, ...)
+  rest = nnx.as_pure(others[0])
+
+  @jax.jit
+  def one(stats, x):
+    model = nnx.merge(graphdef, stats, rest)
+    model(x)
+    return nnx.as_pure(nnx.state(model, nnx.BatchStat))
+
+  stats = nnx.as_pure(stats)
+  seen = [one(stats, x) for x in batches]
+  if not jax.tree.leaves(stats) or not seen:
+    return model
+  mean = jax.tree.map(lambda *s: sum(s) / len(s), *seen)
+  whole_graph, _, *others = nnx.split(nnx.clone(model), nnx.BatchStat, ...)
+  return nnx.merge(whole_graph, mean, *others)
