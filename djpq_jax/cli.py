@@ -163,9 +163,10 @@ def _differences(a: dict, b: dict, prefix: str = ''):
 
 
 class _Bars:
-  """One progress bar per phase, with what matters there beside it."""
+  """One progress bar per phase; in a log file, a line every tenth of it."""
 
   def __init__(self, console: rich.console.Console):
+    self._console = console
     self._progress = rich.progress.Progress(
       rich.progress.TextColumn('{task.description:<28}'),
       rich.progress.BarColumn(bar_width=20),
@@ -173,8 +174,10 @@ class _Bars:
       rich.progress.TimeRemainingColumn(compact=True),
       rich.progress.TextColumn('{task.fields[note]}'),
       console=console,
+      disable=not console.is_terminal,
     )
     self._tasks: dict[str, rich.progress.TaskID] = {}
+    self._tenths: dict[str, int] = {}
 
   def __enter__(self):
     self._progress.start()
@@ -185,13 +188,19 @@ class _Bars:
 
   def show(self, phase: str, step: int, steps: int, metrics: dict) -> None:
     """Moves the bar of a phase."""
+    note = f'loss {metrics["task_loss"]:.3f}'
+    if phase == 'search':
+      note += f'  BOPs {metrics["relative_bops"]:.3%}'
+    if not self._console.is_terminal:
+      tenth = 10 * step // steps
+      if tenth > self._tenths.get(phase, 0):
+        print(f'{PHASES[phase]}: step {step} of {steps}  {note}', flush=True)
+      self._tenths[phase] = tenth
+      return
     if phase not in self._tasks:
       self._tasks[phase] = self._progress.add_task(
         PHASES[phase], total=steps, note=''
       )
-    note = f'loss {metrics["task_loss"]:.3f}'
-    if phase == 'search':
-      note += f'  BOPs {metrics["relative_bops"]:.3%}'
     self._progress.update(self._tasks[phase], completed=step, note=note)
 
 

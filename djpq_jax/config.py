@@ -28,6 +28,7 @@ def default() -> ml_collections.ConfigDict:
       'model': {
         'name': '',  # see djpq_jax.models
         'kwargs': {},  # of its constructor
+        'weights': '',  # a torch state dict to start from
       },
       'batch_size': 64,
       'augment': {'shift': 0, 'flip': False},  # pixels; mirror

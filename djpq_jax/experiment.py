@@ -28,6 +28,7 @@ from djpq_jax import losses
 from djpq_jax import models
 from djpq_jax import optim
 from djpq_jax import train
+from djpq_jax.models import torch_weights
 
 CALIBRATION_IMAGES = 256
 METHODS = ('djpq', 'two_stage', 'uniform')
@@ -100,6 +101,9 @@ def dense_model(run: Run):
       f'{tuple(model.input_shape)}, but {config.data.name} has {shape}; set '
       'model.kwargs.input_shape or choose another model'
     )
+  if config.model.weights:
+    arrays = torch_weights.read_state_dict(config.model.weights)
+    torch_weights.assign(model, arrays)
   return model
 
 
@@ -213,6 +217,7 @@ def finetune(run: Run, model: compress.Compressed, teacher, *, epochs: float):
     teacher=teacher if phase.distill else None,
   )
   model = train.model_of(_phase(run, 'finetune', state, steps))
+  train.check_alive(model, run.sample())
   batch_at = run.batches(run.config.seed * 10 + 9)
   count = run.config.statistics_batches
   return evaluation.estimate_statistics(
@@ -303,6 +308,7 @@ def run(
   float_accuracy = evaluation.evaluate(model, this.test_split)
   methods = {'djpq': djpq, 'two_stage': two_stage, 'uniform': uniform}
   net = methods[config.method](this, model)
+  train.check_alive(net, this.sample())
   epochs = config.finetune.epochs
   if config.method == 'uniform':  # has nothing to search: equal epochs
     epochs += config.search.epochs

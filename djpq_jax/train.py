@@ -353,3 +353,25 @@ def _bad_input(state: TrainState, batch: Batch) -> str | None:
     if not all(np.all(np.isfinite(np.asarray(x))) for x in taps.get(path, [])):
       return f'the input of layer {path}'
   return None
+
+
+def check_alive(model: compress.Compressed, *args) -> None:
+  """Raises a TrainingError if a layer of a compressed model has collapsed.
+
+  Args:
+    model: searched or frozen.
+    *args: a batch of inputs.
+  """
+  taps = compress.inputs_of(model, *args)
+  for path, layer, operands in compress.hooks(model):
+    if operands.weight is None:
+      continue
+    dead = 'kernel' if not jnp.any(operands.weight(layer.kernel[...])) else ''
+    if not any(jnp.any(operands.act(x)) for x in taps[path]):
+      dead = 'input'
+    if dead:
+      raise TrainingError(
+        f'layer {path} has collapsed: its {dead} rounds to zero everywhere; '
+        'raise the budget, lower the rates of gates and quantizers, or give '
+        'the layer more bits or channels with a rule'
+      )

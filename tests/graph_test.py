@@ -1,5 +1,7 @@
 """What `trace` finds, on one small model per architecture."""
 
+import functools
+
 from absl.testing import absltest
 from absl.testing import parameterized
 from flax import nnx
@@ -358,6 +360,24 @@ def hard_coded(rngs):
   )
 
 
+def equal_sizes(rngs):
+  """Code that needs two unrelated groups to have one size."""
+
+  def forward(m, x):
+    a, b = m.a(x), m.b(x)
+    if a.shape != b.shape:
+      raise ValueError('a and b differ')
+    return m.c(a) + m.d(b)
+
+  return Net(
+    forward,
+    a=nnx.Linear(8, 6, rngs=rngs),
+    b=nnx.Linear(8, 6, rngs=rngs),
+    c=nnx.Linear(6, 5, rngs=rngs),
+    d=nnx.Linear(6, 5, rngs=rngs),
+  )
+
+
 def hidden_batch(rngs):
   """Another size would quietly change the batch."""
 
@@ -515,6 +535,86 @@ def standardised(rngs):
     lambda m, x: m.conv2(m.conv1(x)),
     conv1=conv(3, 6, rngs),
     conv2=conv(6, 5, rngs, promote_dtype=standardise),
+  )
+
+
+def efficient(rngs):
+  """Depthwise and squeeze-and-excitation in one inverted residual block."""
+
+  def forward(m, x):
+    x = m.stem(x)
+    y = nnx.silu(m.dw(nnx.silu(m.expand(x))))
+    s = m.down(y.mean((1, 2), keepdims=True))
+    x = x + m.project(y * nnx.sigmoid(m.up(nnx.silu(s))))
+    return m.head(pooled(x))
+
+  return Net(
+    forward,
+    stem=conv(3, 6, rngs),
+    expand=conv(6, 14, rngs, size=1),
+    dw=conv(14, 14, rngs, feature_group_count=14, use_bias=False),
+    down=conv(14, 3, rngs, size=1),
+    up=conv(3, 14, rngs, size=1),
+    project=conv(14, 6, rngs, size=1),
+    head=nnx.Linear(6, 5, rngs=rngs),
+  )
+
+
+def unet(rngs):
+  """Skip connections, and two ways to grow."""
+
+  def forward(m, x):
+    a = nnx.relu(m.enter(x))
+    b = nnx.max_pool(a, (2, 2), (2, 2))
+    c = nnx.relu(m.middle(nnx.max_pool(b, (2, 2), (2, 2))))
+    up = jax.image.resize(c, (*b.shape[:3], c.shape[-1]), 'bilinear')
+    d = nnx.relu(m.decode(jnp.concatenate([up, b], axis=-1)))
+    return m.leave(jnp.concatenate([m.up(d), a], axis=-1))
+
+  return Net(
+    forward,
+    enter=conv(3, 4, rngs),
+    middle=conv(4, 8, rngs),
+    decode=conv(12, 6, rngs),
+    up=nnx.ConvTranspose(6, 5, (2, 2), strides=(2, 2), rngs=rngs),
+    leave=conv(9, 2, rngs),
+  )
+
+
+def vision_transformer(rngs):
+  def forward(m, x):
+    x = m.patch(x)
+    x = x.reshape(x.shape[0], -1, x.shape[-1])
+    token = jnp.tile(m.token[...], (x.shape[0], 1, 1))
+    x = jnp.concatenate([token, x], axis=1) + m.position[...]
+    x = x + m.fc2(nnx.gelu(m.fc1(m.norm(x))))
+    return m.head(x[:, 0])
+
+  return Net(
+    forward,
+    patch=conv(3, 12, rngs, size=4, strides=4, padding='VALID'),
+    token=nnx.Param(jnp.zeros((1, 1, 12))),
+    position=nnx.Param(jnp.zeros((1, 5, 12))),
+    norm=nnx.LayerNorm(12, rngs=rngs),
+    fc1=nnx.Linear(12, 20, rngs=rngs),
+    fc2=nnx.Linear(20, 12, rngs=rngs),
+    head=nnx.Linear(12, 5, rngs=rngs),
+  )
+
+
+def tied_outputs(rngs):
+  """A flattened map plus a Linear ties several outputs of the Linear."""
+
+  def forward(m, x):
+    x = nnx.max_pool(m.conv(x), (4, 4), (4, 4)).reshape(x.shape[0], -1)
+    return m.head(x + m.b(m.a(x)))
+
+  return Net(
+    forward,
+    conv=conv(3, 4, rngs),
+    a=nnx.Linear(16, 6, rngs=rngs),
+    b=nnx.Linear(6, 16, rngs=rngs),
+    head=nnx.Linear(16, 5, rngs=rngs),
   )
 
 
@@ -847,6 +947,11 @@ ARCHITECTURES = {
     IMAGE,
     {'input': 'input', 'conv1': '', 'conv2': FIXED, 'head': 'output'},
   ),
+  'equal_sizes': (
+    equal_sizes,
+    TOKENS,
+    {'input': 'input', 'a': 'a and b differ', 'b': FIXED, 'c+d': 'output'},
+  ),
   'hidden_batch': (
     hidden_batch,
     IMAGE,
@@ -919,6 +1024,59 @@ ARCHITECTURES = {
     IMAGE,
     {'input': 'input', 'conv1': 'normalised over', 'conv2': 'output'},
   ),
+  'efficient': (
+    efficient,
+    IMAGE,
+    {
+      'input': 'input',
+      'stem+project': '',
+      'expand+up': '',
+      'down': '',
+      'head': 'output',
+    },
+  ),
+  'unet': (
+    unet,
+    IMAGE,
+    {
+      'input': 'input',
+      'enter': '',
+      'middle': '',
+      'decode': '',
+      'up': '',
+      'leave': 'output',
+    },
+  ),
+  'vision_transformer': (
+    vision_transformer,
+    IMAGE,
+    {
+      'input': 'input',
+      'patch+fc2': 'normalised over',
+      'fc1': '',
+      'head': 'output',
+    },
+  ),
+  'tied_outputs': (
+    tied_outputs,
+    IMAGE,
+    {'input': 'input', 'conv+b': 'tied together', 'a': '', 'head': 'output'},
+  ),
+  'stacked': (
+    between(function=lambda x: jnp.stack([x, 2 * x], axis=-1)[..., 0]),
+    IMAGE,
+    CHAIN,
+  ),
+  'unstacked': (
+    between(function=lambda x: jnp.stack(jnp.unstack(x, axis=-1), axis=-1)),
+    IMAGE,
+    {**CHAIN, 'conv1': 'cut at fixed positions'},
+  ),
+  'tiled': (
+    between(function=lambda x: jnp.tile(x, (1, 2, 1, 1))),
+    IMAGE,
+    CHAIN,
+  ),
   'one_channel': (
     one_channel,
     IMAGE,
@@ -939,6 +1097,7 @@ def build(name):
   return model, jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
+@functools.cache
 def traced(name):
   """The graph of an architecture, and its groups by name."""
   found = graph.trace(*build(name))
@@ -1250,7 +1409,7 @@ class ModelTest(parameterized.TestCase):
     jax.tree.map(np.testing.assert_array_equal, old, new)
 
   def test_arrays_and_shapes_give_the_same_graph(self):
-    model = between(function=nnx.relu)(nnx.Rngs(0))
+    model, _ = build('chain')
     for x in (np.zeros(IMAGE, np.float32), jnp.zeros(IMAGE), shape(*IMAGE)):
       found = graph.trace(model, x)
       self.assertEqual([g.name for g in found.groups], list(CHAIN))

@@ -12,7 +12,7 @@ from djpq_jax import layers
 from djpq_jax.compress import structure as structure_lib
 from djpq_jax.compress import wrapped
 
-CLIP_PERCENTILE = 99.9
+CLIP_PERCENTILE = 99.99
 
 
 def compress(
@@ -173,19 +173,19 @@ def calibrate(
 ):
   """Sets every input quantizer's sign and clip from one batch, in place.
 
-  The clip is a percentile of the magnitudes that enter the layer.
+  The clip is a percentile of the magnitudes that enter the layer while no
+  input is quantized.
   """
+  quantized = [hook for hook in wrapped.hooks(model) if hook.operands.act]
+  bits = {hook.path: float(hook.operands.act.bits()) for hook in quantized}
+  for hook in quantized:
+    hook.operands.act = nnx.data(None)
   taps = wrapped.inputs_of(model, *args)
-  for path, _, operands in wrapped.hooks(model):
-    if operands.act is None:
-      continue
-    values = [np.asarray(v, np.float32) for v in taps.get(path, [])]
-    if not values:
-      continue
+  for path, _, operands in quantized:
+    values = [np.asarray(v, np.float32) for v in taps[path]]
     x = np.concatenate([v.ravel() for v in values])
     clip = np.percentile(np.abs(x), percentile) or np.abs(x).max() or 1.0
     settings = model.structure.layers[path]
     signed = bool(x.min() < 0)
-    bits = round(float(operands.act.bits()))
-    act = _act_quantizer(settings, bits, clip, signed=signed)
+    act = _act_quantizer(settings, bits[path], clip, signed=signed)
     operands.act = nnx.data(act)

@@ -16,9 +16,11 @@ from djpq_jax.graph import units as units_lib
 
 CALLS = frozenset(
   """call checkpoint closed_call composite core_call custom_jvp_call
-  custom_vjp_call custom_vjp_call_jaxpr jit pjit remat remat2""".split()
+  custom_vjp_call custom_vjp_call_jaxpr eval_jaxpr jit pjit remat
+  remat2""".split()
 )
 CONSTANT = 'combined with a constant array of fixed size'
+BARE = 'combined with an array of the model that is no float Variable'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,11 +49,11 @@ class Interpreter:
     self.sums: list[np.ndarray] = []
     self._calls = itertools.count()
 
-  def constant(self, value) -> arrays.Traced:
+  def constant(self, value, reason=CONSTANT) -> arrays.Traced:
     """A constant can be combined with any extent only if it has none."""
     shape = tuple(getattr(value, 'shape', ()))
     axes = tuple(
-      self.units.opaque(n, CONSTANT) if n != 1 else None for n in shape
+      self.units.opaque(n, reason) if n != 1 else None for n in shape
     )
     return arrays.Traced(shape, axes)
 
@@ -178,7 +180,7 @@ def interpret(program, batch: int) -> Interpretation:
       variables[path] = axes
       x = arrays.Traced(aval.shape, axes, params=frozenset([path]))
     else:
-      x = interpreter.constant(aval)
+      x = interpreter.constant(aval, BARE)
     operands.append(x)
   for aval in program.inputs:
     axes, features = _input_labels(units, aval)

@@ -9,13 +9,14 @@ from djpq_jax.graph import layout
 
 ELEMENTWISE = frozenset(
   """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e
-  bessel_i1e cbrt ceil clamp clz complex conj convert_element_type copy copy_p
-  cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt
-  igamma igammac imag integer_pow is_finite le le_to lgamma log log1p logistic
-  lt lt_to max mesh_cast min mul name ne neg nextafter not or population_count
-  pow pvary real reduce_precision rem reshard round rsqrt select_n shift_left
-  shift_right_arithmetic shift_right_logical sharding_constraint sign sin sinh
-  sqrt square stop_gradient sub tan tanh xor""".split()
+  bessel_i1e cbrt ceil clamp clz complex conj convert_element_type copy
+  copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor
+  ge gt igamma igammac imag integer_pow is_finite le le_to lgamma log log1p
+  log2 logistic lt lt_to max mesh_cast min mul mulhi name ne neg nextafter
+  not one_minus_square or polynomial population_count pow pvary real
+  reduce_precision rem reshard round rsqrt select_n sharding_constraint
+  shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt
+  square stop_gradient sub tan tanh xor""".split()
 )
 REDUCTIONS = frozenset(
   """argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod
@@ -121,7 +122,7 @@ def iota(units, eqn, operands):
 
 
 def noise(units, eqn, operands):
-  """Noise has no identity."""
+  """Noise, and memory that is still empty, has no identity."""
   del units, operands
   return [arrays.uniform(v.aval.shape) for v in eqn.outvars]
 
@@ -157,6 +158,8 @@ RULES = {
   'device_put': same,
   'dynamic_slice': layout.dynamic_slice,
   'dynamic_update_slice': layout.dynamic_update_slice,
+  'empty': noise,
+  'empty2': noise,
   'gather': layout.gather,
   'iota': iota,
   'optimization_barrier': same,
@@ -168,5 +171,8 @@ RULES = {
   'sort': sort,
   'split': layout.split,
   'squeeze': layout.squeeze,
+  'stack': layout.stack,
+  'tile': layout.tile,
   'transpose': layout.transpose,
+  'unstack': layout.unstack,
 }

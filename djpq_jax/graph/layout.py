@@ -132,6 +132,35 @@ def _concatenate_labels(units, operands, axis):
   )
 
 
+def tile(units, eqn, operands):
+  """Channels again and again, as in a concatenation."""
+  del units
+  x = operands[0]
+  axes = [
+    label if label is None else np.tile(label, n)
+    for label, n in zip(x.axes, eqn.params['reps'], strict=True)
+  ]
+  return arrays.single(eqn, operands, axes)
+
+
+def stack(units, eqn, operands):
+  """A new axis, of fixed extent; the others meet."""
+  axes = [
+    units.meet(*(x.axes[d] for x in operands))
+    for d in range(len(operands[0].shape))
+  ]
+  axes.insert(eqn.params['axis'], units.opaque(len(operands), POSITION))
+  return arrays.single(eqn, operands, axes)
+
+
+def unstack(units, eqn, operands):
+  """Undoes `stack`."""
+  x, axis = operands[0], eqn.params['axis']
+  units.freeze(x.axes[axis], CUT)
+  part = arrays.single(eqn, operands, (*x.axes[:axis], *x.axes[axis + 1 :]))
+  return part * len(eqn.outvars)
+
+
 def pad(units, eqn, operands):
   """Padding with channels fixes the number of the others."""
   x = operands[0]

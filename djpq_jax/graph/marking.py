@@ -98,10 +98,13 @@ def flat_state(model):
 
 
 def abstract(model):
-  """A copy of the model with shapes in place of arrays."""
+  """A copy of the model with shapes in place of its Variables' arrays."""
   graphdef, flat = flat_state(model)
+  # Bare arrays stay: nnx takes a bare shape for a static attribute.
   flat = [
     (path, with_value(leaf, jax.tree.map(_abstract, value_of(leaf))))
+    if isinstance(leaf, nnx.Variable)
+    else (path, leaf)
     for path, leaf in flat
   ]
   return nnx.merge(graphdef, nnx.from_flat_state(flat))

@@ -1,7 +1,7 @@
 """`trace`: finds a model's MAC layers and the channels that go together."""
 
-from collections.abc import Sequence
 import dataclasses
+import functools
 
 from flax import nnx
 import jax
@@ -75,9 +75,10 @@ def _verified(graph, model, args, kwargs, program):
   """Freezes groups whose size is written down in the model's own code."""
   model = marking.abstract(model)
   script = _script(program.jaxpr)
-  names = [group.name for group in graph.groups if not group.reason]
+  names = tuple(group.name for group in graph.groups if not group.reason)
 
-  def failure(names: Sequence[str]) -> str:
+  @functools.cache
+  def failure(names: tuple[str, ...]) -> str:
     keep = _probe(graph, names)
     try:
       sliced = surgery.slice_channels(model, graph, keep)
@@ -93,9 +94,9 @@ def _verified(graph, model, args, kwargs, program):
     return ''
 
   offenders = _offenders(failure, names)
-  rest = [name for name in names if name not in offenders]
-  if offenders and (together := failure(rest)):
-    offenders |= dict.fromkeys(rest, together)
+  rest = tuple(name for name in names if name not in offenders)
+  # Groups that can be cut one by one, but not together, all stay.
+  offenders |= dict.fromkeys(rest, failure(rest)) if failure(rest) else {}
   groups = tuple(
     dataclasses.replace(
       group,

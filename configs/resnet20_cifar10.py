@@ -1,0 +1,28 @@
+"""DJPQ on ResNet-20 / CIFAR-10, from a trained float model (91.73 %).
+
+Command: djpq train --config configs/resnet20_cifar10.py \
+             --set data.dir=DATA --set model.weights=resnet20-12fca82f.th \
+             --workdir runs/resnet20
+"""
+
+from djpq_jax import config as config_lib
+
+
+def get_config():
+  config = config_lib.default()
+  config.data.name = 'cifar10'
+  config.model.name = 'resnet20'
+  config.batch_size = 128
+  config.augment.shift = 4
+  config.augment.flip = True
+  config.budget = 0.01
+
+  config.search.epochs = 3.0
+  config.search.optimizer.learning_rate = 1e-3
+  config.search.optimizer.quantizer_rate = 1e-2
+  config.search.optimizer.gate_rate = 2e-2
+  config.search.optimizer.decay_gates = False
+
+  config.finetune.epochs = 7.0
+  config.finetune.optimizer.learning_rate = 1e-3
+  return config
