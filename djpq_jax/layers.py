@@ -30,7 +30,11 @@ class QuantParam(nnx.Param):
 
 
 class GateParam(nnx.Param):
-  """A learned gate parameter: mean or log variance, one per channel."""
+  """The log variance of a group's gates, one per channel."""
+
+
+class GateMean(nnx.Param):
+  """The mean of a group's gates: a scale per channel, learned like a weight."""
 
 
 class IntegerParam(nnx.Variable):
@@ -63,11 +67,14 @@ def _bounded_fwd(x, low, high):
 
 def _bounded_bwd(residuals, g):
   x, low, high = residuals
-  leaves = ((x >= high) & (g < 0)) | ((x <= low) & (g > 0))
+  # On a bound, what x may not follow the bound does.
+  below = (x < low) | ((x == low) & (g > 0))
+  above = (x > high) | ((x == high) & (g < 0))
+  leaves = (below & (g > 0)) | (above & (g < 0))
   return (
     jnp.where(leaves, 0.0, g),
-    jnp.where(x < low, g, 0.0),
-    jnp.where(x > high, g, 0.0),
+    jnp.where(below, g, 0.0),
+    jnp.where(above, g, 0.0),
   )
 
 
@@ -176,7 +183,7 @@ class Gate(nnx.Module):
     self.size = size
     self.min_open = max(1, min_open)
     mu = jnp.ones((size,)) if scale is None else jnp.asarray(scale, jnp.float32)
-    self.mu = GateParam(mu)
+    self.mu = GateMean(mu)
     self.log_sigma2 = nnx.data(None)
     if noisy:
       self.log_sigma2 = GateParam(jnp.full((size,), -OPEN_LOG_ALPHA))
@@ -207,12 +214,17 @@ class Gate(nnx.Module):
     1e-4), so a cost could never reach an open gate.  The value here is the
     hard mask; the derivative is that of softplus(log alpha), the gate's
     information in nats up to a factor of 2, scaled such that the way from a
-    new gate to a closed one adds up to one channel.  Our choice.
+    new gate to a closed one adds up to one channel.  It reaches the variance
+    alone: shrinking the mean would take the signal away where noise only asks
+    how much of it is needed, and a network can die of it.  Our choice.
     """
     if self.log_sigma2 is None:
       return jnp.ones((self.size,))
     hard = self.open_mask().astype(jnp.float32)
-    soft = jax.nn.softplus(self.log_alpha()) / OPEN_LOG_ALPHA
+    assert self.log_sigma2 is not None
+    mu = jax.lax.stop_gradient(self.mu[...])
+    log_alpha = gate.log_alpha(mu, self.log_sigma2[...])
+    soft = jax.nn.softplus(log_alpha) / OPEN_LOG_ALPHA
     return hard + soft - jax.lax.stop_gradient(soft)
 
   def sample(self, key, batch: int):

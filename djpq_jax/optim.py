@@ -26,7 +26,7 @@ class OptimizerConfig:
     momentum: of sgd.
     warmup: fraction of the steps with a linearly rising rate.
     quantizer_rate: peak Adam rate of log clips, steps and exponents.
-    gate_rate: peak Adam rate of gate means and log variances.
+    gate_rate: peak Adam rate of the log variances of gates.
     clip_norm: largest global norm of the weights' gradients.
     decay_gates: whether the rates of gates and quantizers fall as the
       weights' do.

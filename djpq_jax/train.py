@@ -114,7 +114,12 @@ def init(
     optimizer: from `optim.make`.
     seed: of all noise in training.
     teacher: a float model to distil from, or None.
+
+  Raises:
+    ValueError: the objective distils, but there is no teacher.
   """
+  if objective.distill and teacher is None:
+    raise ValueError(f'distill={objective.distill} needs a teacher')
   train_graph, params, rest = optim.split(compress.train_view(model))
   eval_graph, _, _ = optim.split(compress.eval_view(model))
   teacher_graph = teacher_state = None
@@ -130,7 +135,7 @@ def init(
     isinstance(model, compress.Compressed),
   )
   # Copies: a donated state must not take the caller's model along.
-  params, rest = jax.tree.map(jnp.copy, (params, rest))
+  params, rest = jax.tree.map(_strong_copy, (params, rest))
   controller = objective.controller
   return TrainState(
     program=program,
@@ -143,6 +148,11 @@ def init(
     bad_steps=jnp.zeros((), jnp.int32),
     teacher=teacher_state,
   )
+
+
+def _strong_copy(x):
+  """A copy without weak types, which the first step would recompile for."""
+  return jnp.array(x, dtype=x.dtype)
 
 
 def model_of(state: TrainState):
@@ -176,7 +186,7 @@ def train_step(state: TrainState, batch: Batch, *, axis_name=None):
     grads, state.opt_state, state.params
   )
   params = optax.apply_updates(state.params, updates)
-  good = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
+  good = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
   advanced = (params, rest, opt_state, control)
   before = (state.params, state.rest, state.opt_state, state.control)
   params, rest, opt_state, control = jax.tree.map(
@@ -304,6 +314,7 @@ def fit(
     TrainingError: a loss or gradient was not finite; names the layer.
   """
   numbers = range(int(state.step), steps)
+  looked = numbers.start
   batches = data.prefetch(batch_at(step) for step in numbers)
   for step, batch in zip(numbers, batches):
     state, metrics = step_fn(state, batch)
@@ -311,17 +322,23 @@ def fit(
       continue
     metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
     if metrics['bad_steps']:
-      raise TrainingError(_where(state, batch, step + 1))
+      raise TrainingError(_where(state, batch_at, range(looked, step + 1)))
+    looked = step + 1
     if on_log is not None:
       on_log(step + 1, metrics)
   return state
 
 
-def _where(state: TrainState, batch: Batch, step: int) -> str:
-  """Finds the first thing that is not finite and says so."""
-  head = f'training stopped at step {step}: '
-  if not np.all(np.isfinite(np.asarray(batch['image']))):
-    return head + 'the batch has pixels that are not finite; check the data'
+def _where(state: TrainState, batch_at, steps: range) -> str:
+  """Finds the first thing that was not finite in some steps and says so."""
+  head = f'training stopped at step {steps.stop}: '
+  for step in steps:
+    batch = batch_at(step)
+    if not np.all(np.isfinite(np.asarray(batch['image']))):
+      return (
+        f'{head}the batch of step {step} has pixels that are not finite; '
+        'check the data'
+      )
   place = _bad_leaf(state.params) or _bad_input(state, batch)
   if place is None:
     grads = jax.grad(_loss, has_aux=True)(

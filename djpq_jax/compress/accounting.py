@@ -70,10 +70,10 @@ def _share(group, channel, keep):
   """Mean of the kept fractions of a layer's channels, 1 where untraced."""
   total: Any = 0.0
   for g in np.unique(group):
-    count = np.bincount(channel[group == g])
     if g < 0:
-      total += float(count.sum())
+      total += float(np.count_nonzero(group == g))
     else:
+      count = np.bincount(channel[group == g])
       weights = np.zeros(len(keep[g]), np.float32)
       weights[: len(count)] = count
       total += jnp.dot(jnp.asarray(keep[g]), weights)
