@@ -28,6 +28,8 @@ from djpq_jax import layers
 
 FORMAT = 'djpq_jax hardened model'
 VERSION = 1
+KEYS = {'model', 'input_shape', 'totals', 'layers', 'signed_inputs', 'reasons'}
+KEYS |= {'plan', 'arrays', 'sha256'}
 
 
 class ArtifactError(ValueError):
@@ -104,9 +106,8 @@ def save(
     'totals': harden.totals(model, rows),
     'layers': [vars(row) for row in rows],
     'signed_inputs': _signed(model),
-    'gated': [model.structure.groups[g].name for g in model.structure.gated],
+    'reasons': {g.name: g.reason for g in model.structure.groups if g.reason},
     'plan': model.structure.plan.to_json(),
-    'sha256': _hash(arrays),
     'arrays': entries,
   }
   _write(folder, manifest, arrays)
@@ -120,12 +121,15 @@ def _signed(model) -> dict[str, bool]:
   }
 
 
-def _hash(arrays: Mapping[str, np.ndarray]) -> str:
+def _hash(folder: pathlib.Path) -> str:
+  """Of the names and contents of all files; those of file managers aside."""
   digest = hashlib.sha256()
-  for name in sorted(arrays):
-    array = np.ascontiguousarray(arrays[name])
-    digest.update(f'{name} {array.dtype} {array.shape}\n'.encode())
-    digest.update(array.tobytes())
+  for path in sorted(folder.rglob('[!.]*')):
+    if path.is_file():
+      content = path.read_bytes()
+      name = path.relative_to(folder).as_posix()
+      digest.update(f'{name} {len(content)}\n'.encode())
+      digest.update(content)
   return digest.hexdigest()
 
 
@@ -135,6 +139,7 @@ def _write(folder: pathlib.Path, manifest, arrays) -> None:
   partial.mkdir(parents=True)
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(partial / 'arrays', arrays)
+  manifest = {**manifest, 'sha256': _hash(partial / 'arrays')}
   text = json.dumps(manifest, indent=1, allow_nan=False)
   (partial / 'manifest.json').write_text(text + '\n')
   if folder.exists():
@@ -160,15 +165,15 @@ def read_manifest(folder) -> dict[str, Any]:
     raise ArtifactError(f'{path} is damaged: {error}') from None
   if not isinstance(manifest, dict) or manifest.get('format') != FORMAT:
     raise ArtifactError(f'{path} was not written by djpq_jax')
-  if manifest.get('version', 0) > VERSION:
+  version = manifest.get('version')
+  if not isinstance(version, int) or version > VERSION:
     raise ArtifactError(
-      f'{folder} has format version {manifest["version"]}, this djpq_jax '
+      f'{folder} has format version {version}, this djpq_jax '
       f'reads up to {VERSION}; update djpq_jax'
     )
-  missing = {'model', 'input_shape', 'layers', 'plan', 'arrays', 'sha256'}
-  missing -= manifest.keys()
+  missing = sorted(KEYS - manifest.keys())
   if missing:
-    raise ArtifactError(f'{path} is damaged: it lacks {sorted(missing)}')
+    raise ArtifactError(f'{path} is damaged: it lacks {", ".join(missing)}')
   return manifest
 
 
@@ -187,42 +192,59 @@ def load(folder, dense) -> harden.HardenedModel:
     ArtifactError: anything is missing, damaged or does not fit the model.
   """
   manifest = read_manifest(folder)
-  arrays = _read_arrays(pathlib.Path(folder).absolute() / 'arrays')
+  arrays = pathlib.Path(folder).absolute() / 'arrays'
+  if not arrays.is_dir():
+    raise ArtifactError(f'{folder} is incomplete: it has no arrays')
   if _hash(arrays) != manifest['sha256']:
     raise ArtifactError(
       f'{folder} was altered or is incomplete: its arrays do not have the '
       'hash that the manifest states'
     )
+  values = _read_arrays(arrays)
+  try:
+    return _filled(_skeleton(manifest, dense), manifest['arrays'], values)
+  except (AttributeError, LookupError, TypeError, ValueError) as error:
+    raise ArtifactError(
+      f'{folder} does not fit the model: {_first_line(error)}'
+    ) from error
+
+
+def _filled(model, entries, arrays) -> harden.HardenedModel:
+  """The model with arrays in place of shapes."""
   values = {}
-  for name, entry in manifest['arrays'].items():
+  for name, entry in entries.items():
     value = arrays[name]
     if 'bits' in entry:
       value = unpack(value, entry['bits'], entry['shape'])
     values[name] = jnp.asarray(value)
-  model = _skeleton(manifest, dense)
   graphdef, state = nnx.split(model)
-  flat = nnx.to_flat_state(state)
-  paths = ['/'.join(map(str, key)) for key, _ in flat]
-  if set(paths) != set(values):
-    raise ArtifactError(
-      f'{folder} does not fit the model: they differ in '
-      f'{sorted(set(paths) ^ set(values))[:3]}'
-    )
-  filled = [(key, values[name]) for (key, _), name in zip(flat, paths)]
+  flat = [('/'.join(map(str, k)), k, v) for k, v in nnx.to_flat_state(state)]
+  different = {name for name, _, _ in flat} ^ values.keys()
+  different |= {
+    name
+    for name, _, variable in flat
+    # A step or a scale has no shape before it is read.
+    if name in values and not isinstance(variable, harden.Constant)
+    if variable.shape != values[name].shape
+  }
+  if different:
+    raise ValueError(f'they differ in {", ".join(sorted(different)[:3])}')
+  filled = [(key, values[name]) for name, key, _ in flat]
   return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
+def _first_line(error: Exception) -> str:
+  return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-  if not path.is_dir():
-    raise ArtifactError(f'{path.parent} is incomplete: it has no arrays')
   try:
     with ocp.StandardCheckpointer() as checkpointer:
       tree = checkpointer.metadata(path).item_metadata.tree
       target = {k: np.empty(v.shape, v.dtype) for k, v in tree.items()}
       restored = checkpointer.restore(path, target)
   except Exception as error:  # orbax and tensorstore raise many kinds
-    first = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise ArtifactError(f'{path} is damaged: {first}') from error
+    raise ArtifactError(f'{path} is damaged: {_first_line(error)}') from error
   return {k: np.asarray(v) for k, v in restored.items()}
 
 
@@ -239,7 +261,7 @@ def _skeleton(manifest, dense) -> harden.HardenedModel:
       size=g.size,
       align=1,
       min_channels=1,
-      reason='' if g.name in manifest['gated'] else 'kept',
+      reason=manifest['reasons'].get(g.name, ''),
     )
     for g in graph.groups
   )

@@ -8,6 +8,7 @@ import shutil
 import sys
 from typing import Any
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +24,7 @@ from djpq_jax import evaluation
 from djpq_jax import experiment
 from djpq_jax import graph as graph_lib
 from djpq_jax import harden
+from djpq_jax import models
 from djpq_jax import report as report_lib
 from djpq_jax import train
 
@@ -107,10 +109,12 @@ def _add_config(command: argparse.ArgumentParser) -> None:
 def _train(args) -> None:
   config = config_lib.load(args.config, args.set)
   workdir = pathlib.Path(args.workdir)
-  _claim(workdir, config, args.overwrite)
+  _check_workdir(workdir, config, args.overwrite)
   console = rich.console.Console()
   with _Bars(console) as bars:
-    report = experiment.run(config, workdir, bars.show)
+    report = experiment.run(
+      config, workdir, bars.show, ready=lambda: _claim(workdir, config)
+    )
   report_lib.write(report, workdir)
   report_lib.print_report(report, console)
   pictures = []
@@ -118,6 +122,8 @@ def _train(args) -> None:
     (report_lib.plot_layers, 'layers.png'),
     (report_lib.plot_curves, 'curves.png'),
   ):
+    if name == 'curves.png' and not report['history']:
+      continue  # no phase had a step
     plot(report, workdir / name)
     pictures.append(str(workdir / name))
   console.print(f'report    {workdir / "report.json"}')
@@ -125,17 +131,24 @@ def _train(args) -> None:
   console.print(f'pictures  {", ".join(pictures)}')
 
 
-def _claim(workdir: pathlib.Path, config, overwrite: bool) -> None:
-  """Writes the config into the workdir; refuses one that is in use."""
+def _check_workdir(workdir: pathlib.Path, config, overwrite: bool) -> None:
+  """Refuses a workdir that is in use; files of others in any case."""
   if workdir.exists() and not workdir.is_dir():
     raise ValueError(f'{workdir} is a file, not a folder')
-  if overwrite and (workdir / 'config.json').exists():
-    shutil.rmtree(workdir)
-  if workdir.is_dir() and any(workdir.iterdir()):
+  if not workdir.is_dir() or not any(workdir.iterdir()):
+    return
+  experiment_there = (workdir / 'config.json').exists()
+  if not (overwrite and experiment_there):
     raise ValueError(
       f'{workdir} already holds {_contents(workdir, config)}; choose another '
-      'workdir, or --overwrite'
+      'workdir' + (', or --overwrite' if experiment_there else '')
     )
+
+
+def _claim(workdir: pathlib.Path, config) -> None:
+  """Empties the workdir and writes the config into it."""
+  if (workdir / 'config.json').exists():
+    shutil.rmtree(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   text = json.dumps(config.to_dict(), indent=1)
   (workdir / 'config.json').write_text(text + '\n')
@@ -206,12 +219,12 @@ class _Bars:
 
 def _inspect(args) -> None:
   config = config_lib.load(args.config, args.set)
-  run = experiment.prepare(config)
-  model = compress.eval_view(experiment.dense_model(run))
-  shape = (2, *run.test_split.images.shape[1:])
-  graph = graph_lib.trace(model, jax.ShapeDtypeStruct(shape, jnp.float32))
-  rules = [compress.Rule(**rule) for rule in config.rules]
-  structure = compress.resolve(graph, rules)
+  spec = config.model
+  # Shapes are enough: neither images nor numbers.
+  model = nnx.eval_shape(lambda: models.create(spec.name, **spec.kwargs))
+  sample = jax.ShapeDtypeStruct((2, *model.input_shape), jnp.float32)
+  graph = graph_lib.trace(compress.eval_view(model), sample)
+  structure = compress.resolve(graph, experiment.rules_of(config))
   table = _inspection(structure)
   if args.json:
     print(json.dumps(table, indent=1))
@@ -294,7 +307,11 @@ def _print_inspection(found: dict[str, Any], console) -> None:
 def _evaluate(args) -> None:
   manifest = checkpoint.read_manifest(args.artifact)
   model = experiment.load_artifact(args.artifact)
-  name = args.data or manifest['measured_on']['data']
+  name = args.data or manifest.get('measured_on', {}).get('data')
+  if not name:
+    raise ValueError(
+      f'{args.artifact} does not say what it was measured on; give --data'
+    )
   _, split = data.load(name, data_dir=args.data_dir)
   shape = split.images.shape[1:]
   if list(shape) != manifest['input_shape']:

@@ -33,11 +33,11 @@ def default() -> ml_collections.ConfigDict:
       'batch_size': 64,
       'augment': {'shift': 0, 'flip': False},  # pixels; mirror
       'method': 'djpq',  # or 'two_stage', 'uniform'
-      'rules': (),  # of dicts with the fields of compress.Rule
+      'rules': (),  # dicts with the fields of compress.Rule; loaded as pairs
       'budget': 0.0,  # BOPs relative to dense float32; 0: coefficient mode
       'bit_choices': (),  # allowed bits, () for all whole numbers
       'uniform_bits': (4, 4),  # weights, activations; for method 'uniform'
-      'two_stage_macs': 0.5,  # MACs left after the first of two stages
+      'two_stage_macs': 0.3,  # MACs left after the first of two stages
       'float': {  # training of the model before it is compressed
         'epochs': 0.0,
         'smoothing': 0.0,
@@ -118,19 +118,26 @@ def change(config, **fields):
 
 def _get_config(source: str):
   path = pathlib.Path(source)
-  if path.suffix == '.py' and not path.is_file():
-    packaged = path.stem if path.parent.name == 'configs' else None
-  else:
-    packaged = None if path.suffix == '.py' else source
-  if packaged is not None:
-    spec = _find_packaged(packaged, source)
-  else:
+  if path.suffix == '.py' and path.is_file():
     spec = importlib.util.spec_from_file_location('djpq_config', path)
+  elif path.suffix == '.py' and path.parent.name == 'configs':
+    spec = _find_packaged(path.stem, source)
+  else:
+    spec = _find_packaged(source, source)
+  assert spec is not None
+  assert spec.loader is not None
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   if not hasattr(module, 'get_config'):
     raise ConfigError(f'{source} has no get_config()')
-  return module.get_config()
+  try:
+    config = module.get_config()
+  except (AttributeError, TypeError) as error:  # what ml_collections raises
+    text = ' '.join(str(error).replace('\\n', ' ').split())
+    raise ConfigError(f'get_config() of {source} fails: {text}') from error
+  if not hasattr(config, 'items'):
+    raise ConfigError(f'get_config() of {source} gives {config!r}, no config')
+  return config
 
 
 def _find_packaged(name: str, source: str):
@@ -163,14 +170,25 @@ def _update(config, given, prefix: str) -> None:
       close = difflib.get_close_matches(key, list(config), 1)
       hint = f'; did you mean {prefix}{close[0]!s}?' if close else ''
       raise ConfigError(f'unknown config field {name}{hint}')
+    nested = isinstance(config[key], ml_collections.ConfigDict)
+    if nested and not hasattr(value, 'items'):
+      raise ConfigError(f'{name} has fields of its own, got {value!r}')
     if name == 'model.kwargs':
-      config[key] = ml_collections.ConfigDict(dict(value))
-    elif isinstance(config[key], ml_collections.ConfigDict):
-      if not hasattr(value, 'items'):
-        raise ConfigError(f'{name} has fields of its own, got {value!r}')
+      config[key] = ml_collections.ConfigDict({**config[key], **value})
+    elif name == 'rules':
+      config[key] = _pairs(value)
+    elif nested:
       _update(config[key], value, f'{name}.')
     else:
       config[key] = _converted(config[key], value, name)
+
+
+def _pairs(rules):
+  """Rules as tuples of pairs: a frozen config cannot hold dicts in a list."""
+  try:
+    return tuple(tuple(dict(rule).items()) for rule in rules)
+  except (TypeError, ValueError):
+    raise ConfigError(f'rules takes dicts in a list, got {rules!r}') from None
 
 
 def _converted(now, value, name: str):

@@ -82,6 +82,19 @@ def prepare(config, progress: Progress | None = None) -> Run:
     raise ValueError(
       f'unknown method {config.method!r}; there are {", ".join(METHODS)}'
     )
+  if not 0 <= config.budget < 1:
+    raise ValueError(
+      'budget is a fraction of the float32 BOPs below 1, or 0 for coefficient '
+      f'mode; got {config.budget}'
+    )
+  macs = config.two_stage_macs
+  if config.method == 'two_stage' and not (config.budget and 0 < macs < 1):
+    raise ValueError(
+      'method two_stage needs a budget, and two_stage_macs between 0 and 1; '
+      f'got {config.budget} and {macs}'
+    )
+  for phase in (config.float, config.search, config.finetune):
+    optim.OptimizerConfig(**phase.optimizer)  # checks itself
   train_split, test_split = data.load(
     config.data.name, data_dir=config.data.dir or None
   )
@@ -105,6 +118,18 @@ def dense_model(run: Run):
     arrays = torch_weights.read_state_dict(config.model.weights)
     torch_weights.assign(model, arrays)
   return model
+
+
+def rules_of(config) -> list[compress.Rule]:
+  """The rules that a config states."""
+  known = [field.name for field in dataclasses.fields(compress.Rule)]
+  rules = [dict(rule) for rule in config.rules]
+  for rule in rules:
+    unknown = sorted(rule.keys() - set(known))
+    if unknown or 'pattern' not in rule:
+      what = f'has no field {unknown[0]!r}' if unknown else 'needs a pattern'
+      raise ValueError(f'rule {rule} {what}; known: {", ".join(known)}')
+  return [compress.Rule(**rule) for rule in rules]
 
 
 def _phase(run: Run, name: str, state: train.TrainState, steps: int):
@@ -151,7 +176,7 @@ def train_float(run: Run, model):
 
 def compressed(run: Run, model, rules=()) -> compress.Compressed:
   """Attaches gates and quantizers as the config's rules, then `rules`, say."""
-  given = [compress.Rule(**rule) for rule in run.config.rules]
+  given = rules_of(run.config)
   return compress.compress(model, [*given, *rules], run.sample())
 
 
@@ -282,7 +307,12 @@ def float_model(config, progress: Progress | None = None):
 
 
 def run(
-  config, workdir, progress: Progress | None = None, *, trained=None
+  config,
+  workdir,
+  progress: Progress | None = None,
+  *,
+  trained=None,
+  ready: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
   """Runs a whole experiment.
 
@@ -291,6 +321,7 @@ def run(
     workdir: where the artifact goes; made if it is missing.
     progress: told about every look at the metrics.
     trained: a float model to start from instead of training one.
+    ready: called when the config has passed its checks, before all work.
 
   Returns:
     The report as JSON-ready values, see `report`.  All that it says of the
@@ -303,7 +334,9 @@ def run(
   start = time.monotonic()
   this = prepare(config, progress)
   model = dense_model(this)
-  _check_budget(this, model)
+  _check(this, model)
+  if ready is not None:
+    ready()
   model = trained or train_float(this, model)
   float_accuracy = evaluation.evaluate(model, this.test_split)
   methods = {'djpq': djpq, 'two_stage': two_stage, 'uniform': uniform}
@@ -317,12 +350,12 @@ def run(
   return _deploy(this, hardened, pathlib.Path(workdir), float_accuracy, start)
 
 
-def _check_budget(run: Run, model) -> None:
-  """Finds out before the first training whether the budget can be reached."""
+def _check(run: Run, model) -> None:
+  """Finds out before the first training whether rules and budget can work."""
   config = run.config
-  if config.method != 'uniform' and config.budget:
-    choices = config.bit_choices or None
-    allocate.check_reachable(compressed(run, model), config.budget, choices)
+  net, choices = compressed(run, model), config.bit_choices or None
+  if config.method != 'uniform':
+    allocate.check_reachable(net, config.budget or 1.0, choices)
 
 
 def _deploy(run: Run, hardened, workdir, float_accuracy, start):

@@ -225,7 +225,7 @@ class Gate(nnx.Module):
     mu = jax.lax.stop_gradient(self.mu[...])
     log_alpha = gate.log_alpha(mu, self.log_sigma2[...])
     soft = jax.nn.softplus(log_alpha) / OPEN_LOG_ALPHA
-    return hard + soft - jax.lax.stop_gradient(soft)
+    return hard + (soft - jax.lax.stop_gradient(soft))
 
   def sample(self, key, batch: int):
     """Draws the gates of `batch` examples, [batch, size]."""

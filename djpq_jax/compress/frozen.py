@@ -75,7 +75,9 @@ def _fixed(quantizer, bits: int, *tensors) -> layers.Quantizer:
 def _best_clip(clip: np.ndarray, levels: float, tensors) -> np.ndarray:
   """Searches a factor on the clip, for each grid of its own."""
   if clip.ndim:  # one grid per output channel: one column each
-    x = np.asarray(tensors[0], np.float32).reshape(-1, clip.size)
+    axis = clip.shape.index(clip.size)
+    x = np.moveaxis(np.asarray(tensors[0], np.float32), axis, -1)
+    x = x.reshape(-1, clip.size)
   else:
     x = np.concatenate([np.ravel(np.asarray(t, np.float32)) for t in tensors])
     x = x[:: max(1, x.size // CLIP_SAMPLES), None]

@@ -10,6 +10,7 @@ import numpy as np
 
 from djpq_jax import graph as graph_lib
 
+LEAST_KEPT = 8  # one channel in so many stays by default
 MAX_BITS = 16  # products of wider integers are no longer exact in float32
 
 
@@ -27,7 +28,7 @@ class Rule:
     prune: whether the layer's output channels may be removed.  Default: yes,
       but not channels that a residual add ties to other layers.
     align: kept channels come in multiples of this.
-    min_channels: channels that are always kept.
+    min_channels: channels that are always kept.  Default: an eighth.
     exponent: whether the kernel's quantizer learns an exponent.  Default: no.
     per_channel: one weight grid per output channel instead of one per kernel.
   """
@@ -70,7 +71,7 @@ class LayerSettings:
   act_bits: tuple[float, float] = (2, 8)
   prune: bool | None = None
   align: int = 1
-  min_channels: int = 1
+  min_channels: int | None = None
   exponent: bool = False
   per_channel: bool = False
 
@@ -187,7 +188,11 @@ def _group_settings(group, settings) -> GroupSettings:
   allowed = makers and all(s.prune for s in makers)
   if not reason and group.residual and not allowed:
     reason = 'residual stream, kept by default; a rule can allow it'
-  least = max((s.min_channels for s in makers), default=1)
+  # Costs are products of neighbouring widths, so all widths but one could
+  # shrink to a single channel at no further cost: a bottleneck that nothing
+  # passes.  An eighth of each group is what keeps that from paying.
+  default = -(-group.size // LEAST_KEPT)
+  least = max((s.min_channels or default for s in makers), default=1)
   align = math.lcm(*(s.align for s in makers))
   if not reason and -(-least // align) * align >= group.size:
     reason = f'min_channels={least} and align={align} leave nothing to remove'

@@ -1,0 +1,342 @@
+"""What is saved comes back bit for bit; anything else says what is wrong."""
+
+import functools
+import hashlib
+import json
+import pathlib
+import pickle
+import shutil
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tiny
+
+from djpq_jax import checkpoint
+from djpq_jax import compress
+from djpq_jax import evaluation
+from djpq_jax import harden
+
+# They run flax's batch norm.
+pytestmark = pytest.mark.standard_promotion
+
+X = jax.ShapeDtypeStruct((2, *tiny.SHAPE), jnp.float32)
+
+
+class Wider(tiny.Normed):
+  """The layers of Normed, with other shapes."""
+
+  def __init__(self, rngs):
+    super().__init__(rngs)
+    self.conv = nnx.Conv(1, 7, (3, 3), use_bias=False, rngs=rngs)
+    self.bn = nnx.BatchNorm(7, rngs=rngs)
+    self.head = nnx.Linear(4 * 4 * 7, tiny.CLASSES, rngs=rngs)
+
+
+class MoreClasses(tiny.Normed):
+  """Normed with a longer output, which no plan speaks of."""
+
+  def __init__(self, rngs):
+    super().__init__(rngs)
+    self.head = nnx.Linear(4 * 4 * 6, tiny.CLASSES + 2, rngs=rngs)
+
+
+@functools.cache
+def hardened():
+  """A model with integers of 3 and of 12 bits, batch norm and gates."""
+  net = tiny.compressed(tiny.Normed)
+  plan = tiny.some_plan(net)
+  plan.weight_bits['head'] = 12
+  frozen = compress.freeze(net, plan, tiny.batch(64)['image'])
+  return harden.harden(frozen)
+
+
+def save(folder, model=None, **more):
+  model = model or hardened()
+  checkpoint.save(
+    folder,
+    model,
+    harden.count(model, X),
+    model_spec={'name': 'normed', 'kwargs': {'size': (1, 2)}},
+    input_shape=tiny.SHAPE,
+    more=more,
+  )
+
+
+def load(folder, kind=tiny.Normed):
+  return checkpoint.load(folder, lambda: kind(nnx.Rngs(0)))
+
+
+@functools.cache
+def logits():
+  return evaluation.predictions(hardened(), tiny.split(40))
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+  """An artifact to read from."""
+  folder = tmp_path_factory.mktemp('saved') / 'artifact'
+  save(folder, accuracy=0.5)
+  return folder
+
+
+@pytest.fixture
+def artifact(saved, tmp_path):
+  """An artifact to break."""
+  return pathlib.Path(shutil.copytree(saved, tmp_path / 'artifact'))
+
+
+def edit(folder, **changes):
+  path = folder / 'manifest.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refused(folder, message, kind=tiny.Normed):
+  """Loading says in one sentence what is wrong."""
+  with pytest.raises(checkpoint.ArtifactError, match=message) as info:
+    load(folder, kind)
+  text = str(info.value)
+  assert '\n' not in text
+  assert str(folder) in text
+
+
+def test_round_trip_is_exact(saved):
+  model = load(saved)
+  assert isinstance(model, harden.HardenedModel)
+  before = nnx.to_flat_state(nnx.state(hardened()))
+  after = dict(nnx.to_flat_state(nnx.state(model)))
+  assert len(before) == len(after)
+  for path, variable in before:
+    assert type(after[path]) is type(variable), path
+    assert after[path][...].dtype == variable[...].dtype, path
+    np.testing.assert_array_equal(after[path][...], variable[...], str(path))
+  split = tiny.split(40)
+  np.testing.assert_array_equal(evaluation.predictions(model, split), logits())
+
+
+def test_counts_of_the_reloaded_model(saved):
+  model = load(saved)
+  rows = harden.count(model, X)
+  assert rows == harden.count(hardened(), X)
+  totals = harden.totals(model, rows)
+  assert totals == harden.totals(hardened(), rows)
+  assert totals == checkpoint.read_manifest(saved)['totals']
+
+
+def test_manifest_is_readable(saved):
+  manifest = checkpoint.read_manifest(saved)
+  assert manifest['model'] == {'name': 'normed', 'kwargs': {'size': [1, 2]}}
+  assert manifest['input_shape'] == [4, 4, 1]
+  assert manifest['accuracy'] == 0.5
+  conv, head = manifest['layers']
+  assert (conv['name'], conv['kept_out'], conv['out_size']) == ('conv', 3, 6)
+  assert (conv['weight_bits'], head['weight_bits']) == (3, 12)
+  assert conv['bops'] + head['bops'] == manifest['totals']['bops']
+  assert manifest['arrays']['model/head/kernel']['bits'] == 12
+  assert manifest['plan']['open']['conv'] == [
+    int(c) for c in np.flatnonzero(hardened().structure.plan.open['conv'])
+  ]
+
+
+def test_size_is_that_of_the_files(saved):
+  sizes = [f.stat().st_size for f in saved.rglob('*') if f.is_file()]
+  assert checkpoint.size_bytes(saved) == sum(sizes)
+  assert max(sizes) < 20_000
+
+
+def test_loading_executes_nothing(saved, monkeypatch):
+  def forbidden(*args, **kwargs):
+    raise AssertionError('something was unpickled')
+
+  for name in ('load', 'loads', 'Unpickler'):
+    monkeypatch.setattr(pickle, name, forbidden)
+  load(saved)
+  for path in saved.rglob('*'):
+    if path.is_file():
+      assert path.suffix not in ('.pkl', '.pickle', '.py', '.npy')
+      assert not path.read_bytes().startswith((b'\x80\x03', b'\x80\x04'))
+
+
+def test_saving_again_replaces(tmp_path):
+  folder = tmp_path / 'deep' / 'artifact'
+  save(folder)
+  (folder / 'left.over').write_text('old')
+  changed = nnx.clone(hardened())
+  kernel = changed.model.conv.kernel
+  kernel.set_value(-kernel[...])
+  save(folder, changed)
+  np.testing.assert_array_equal(
+    load(folder).model.conv.kernel[...], kernel[...]
+  )
+  assert sorted(f.name for f in folder.parent.iterdir()) == ['artifact']
+  assert sorted(f.name for f in folder.iterdir()) == ['arrays', 'manifest.json']
+
+
+def test_a_failed_save_leaves_the_older_artifact(artifact, monkeypatch):
+  before = (artifact / 'manifest.json').read_bytes()
+  with pytest.raises(ValueError):
+    save(artifact, accuracy=float('nan'))
+
+  def full(*args, **kwargs):
+    raise OSError('no space left')
+
+  monkeypatch.setattr(ocp.StandardCheckpointer, 'save', full)
+  with pytest.raises(OSError, match='no space left'):
+    save(artifact)
+  monkeypatch.undo()
+  assert (artifact / 'manifest.json').read_bytes() == before
+  load(artifact)
+  save(artifact)  # what a failure left behind is no obstacle
+  load(artifact)
+
+
+def test_no_artifact(tmp_path):
+  refused(tmp_path / 'nowhere', 'is no artifact: it has no manifest.json')
+  (tmp_path / 'file').write_text('x')
+  refused(tmp_path / 'file', 'damaged|no artifact')
+
+
+@pytest.mark.parametrize('length', [0, 1, 700, -10])
+def test_truncated_manifest(artifact, length):
+  path = artifact / 'manifest.json'
+  path.write_bytes(path.read_bytes()[:length])
+  refused(artifact, 'is damaged')
+
+
+@pytest.mark.parametrize('text', ['[]', '3', '{}', '{"format": "x"}', 'null'])
+def test_foreign_json(artifact, text):
+  (artifact / 'manifest.json').write_text(text)
+  refused(artifact, 'was not written by djpq_jax')
+
+
+def test_binary_manifest(artifact):
+  (artifact / 'manifest.json').write_bytes(b'\x89PNG\xff\xfe')
+  refused(artifact, 'is damaged')
+
+
+def test_newer_version(artifact):
+  edit(artifact, version=checkpoint.VERSION + 1)
+  refused(artifact, 'has format version 2, .* reads up to 1; update djpq_jax')
+
+
+@pytest.mark.parametrize(
+  'key', 'model layers plan arrays sha256 reasons signed_inputs'.split()
+)
+def test_manifest_without_a_key(artifact, key):
+  path = artifact / 'manifest.json'
+  manifest = json.loads(path.read_text())
+  del manifest[key]
+  path.write_text(json.dumps(manifest))
+  refused(artifact, f'is damaged: it lacks .*{key}')
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'version': 'one'},
+    {'plan': {}},
+    {'plan': None},
+    {'arrays': {}},
+    {'arrays': {'no/such': {'shape': [1], 'dtype': 'int8', 'bits': 3}}},
+    {'input_shape': [4]},
+    {'input_shape': 'wide'},
+    {'signed_inputs': {}},
+    {'reasons': {}},
+  ],
+  ids=lambda changes: '-'.join(f'{k}={v}' for k, v in changes.items())[:30],
+)
+def test_manifest_that_makes_no_sense(artifact, changes):
+  edit(artifact, **changes)
+  refused(artifact, 'does not fit the model|version')
+
+
+def test_no_arrays(artifact):
+  shutil.rmtree(artifact / 'arrays')
+  refused(artifact, 'is incomplete: it has no arrays')
+
+
+def test_any_missing_file_is_noticed(artifact):
+  files = [f for f in (artifact / 'arrays').rglob('*') if f.is_file()]
+  assert len(files) > 3
+  for file in files:
+    content = file.read_bytes()
+    file.unlink()
+    refused(artifact, 'was altered or is incomplete')
+    file.write_bytes(content)
+  load(artifact)
+
+
+def test_any_altered_byte_is_noticed(artifact):
+  for file in (artifact / 'arrays').rglob('*'):
+    if not file.is_file():
+      continue
+    good = file.read_bytes()
+    for position in range(0, len(good), max(1, len(good) // 5)):
+      bad = bytearray(good)
+      bad[position] ^= 4
+      file.write_bytes(bad)
+      refused(artifact, 'was altered or is incomplete')
+    file.write_bytes(good[:-1])
+    refused(artifact, 'was altered or is incomplete')
+    file.write_bytes(good)
+  load(artifact)
+
+
+def test_what_a_file_manager_leaves_behind_does_no_harm(artifact):
+  (artifact / 'arrays' / '.DS_Store').write_bytes(b'icons')
+  load(artifact)
+
+
+def test_arrays_that_are_no_checkpoint(artifact):
+  """As if the hash were right: what orbax says comes as one sentence."""
+  shutil.rmtree(artifact / 'arrays')
+  (artifact / 'arrays').mkdir()
+  edit(artifact, sha256=hashlib.sha256().hexdigest())
+  refused(artifact, 'is damaged')
+
+
+def test_arrays_of_another_artifact(artifact, tmp_path):
+  changed = nnx.clone(hardened())
+  kernel = changed.model.conv.kernel
+  kernel.set_value(jnp.zeros_like(kernel[...]))
+  save(tmp_path / 'other', changed)
+  shutil.rmtree(artifact / 'arrays')
+  shutil.copytree(tmp_path / 'other' / 'arrays', artifact / 'arrays')
+  refused(artifact, 'was altered or is incomplete')
+
+
+@pytest.mark.parametrize('kind', [tiny.Mlp, tiny.Depthwise, Wider, MoreClasses])
+def test_artifact_of_another_model(saved, kind):
+  refused(saved, 'does not fit the model', kind)
+
+
+@pytest.mark.parametrize('bits', range(2, 17))
+def test_pack_round_trip(bits):
+  rng = np.random.default_rng(bits)
+  low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+  dtype = np.int8 if bits <= 8 else np.int16
+  values = rng.integers(low, high, (3, 5, 7), endpoint=True).astype(dtype)
+  values[0, 0, :2] = low, high
+  packed = checkpoint.pack(values, bits)
+  assert packed.dtype == np.uint8
+  assert packed.shape == (-(-values.size * bits // 8),)
+  back = checkpoint.unpack(packed, bits, values.shape)
+  assert back.dtype == dtype
+  np.testing.assert_array_equal(back, values)
+
+
+def test_pack_of_nothing():
+  packed = checkpoint.pack(np.zeros((0, 3), np.int8), 5)
+  assert packed.shape == (0,)
+  assert checkpoint.unpack(packed, 5, (0, 3)).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+  ('value', 'bits'), [(2, 2), (-3, 2), (128, 8), (-129, 8), (32768, 16)]
+)
+def test_pack_refuses_what_does_not_fit(value, bits):
+  with pytest.raises(ValueError, match=f'values do not fit {bits} signed bits'):
+    checkpoint.pack(np.array([0, value]), bits)

@@ -1,0 +1,216 @@
+"""A config is complete, checked by name and type, and then it stands still."""
+
+import json
+
+import pytest
+import tiny
+
+from djpq_jax import compress
+from djpq_jax import config as config_lib
+from djpq_jax import experiment
+from djpq_jax import optim
+
+HEAD = 'from djpq_jax import config as c\n\n\ndef get_config():\n'
+
+
+@pytest.fixture
+def write(tmp_path):
+  """Writes a config file whose get_config() has these lines."""
+
+  def write(*lines):
+    path = tmp_path / 'mine.py'
+    body = ['config = c.default()', *lines, 'return config']
+    path.write_text(HEAD + ''.join(f'  {line}\n' for line in body))
+    return str(path)
+
+  return write
+
+
+def test_defaults_are_complete():
+  config = config_lib.default()
+  for phase in ('float', 'search', 'finetune'):
+    optim.OptimizerConfig(**config[phase].optimizer)
+    assert config[phase].epochs == 0
+  assert config.method in experiment.METHODS
+  assert config.budget == 0
+  assert config_lib.default() is not config
+  json.dumps(config.to_dict())
+
+
+def test_defaults_are_those_of_the_optimizer():
+  """Two places state them; they agree."""
+  stated = config_lib.default().search.optimizer.to_dict()
+  for name, value in stated.items():
+    assert getattr(optim.OptimizerConfig(), name) == value
+
+
+def test_a_file_changes_what_it_says(write):
+  config = config_lib.load(write('config.budget = 0.25', 'config.seed = 3'))
+  assert (config.budget, config.seed) == (0.25, 3)
+  rest = config_lib.default().to_dict() | {'budget': 0.25, 'seed': 3}
+  assert config.to_dict() == rest
+
+
+def test_a_file_may_return_a_dict(tmp_path):
+  path = tmp_path / 'plain.py'
+  path.write_text('get_config = lambda: {"search": {"ramp": 0.5}}\n')
+  config = config_lib.load(str(path))
+  assert config.search.ramp == 0.5
+  assert config.search.temperature == 1
+
+
+@pytest.mark.parametrize(
+  'name', ['digits', 'configs/digits.py', 'elsewhere/configs/digits.py']
+)
+def test_packaged_configs_need_no_checkout(name, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert config_lib.load(name).data.name == 'digits'
+
+
+@pytest.mark.parametrize(
+  'name', ['', 'digit', 'mine.py', 'configs/none.py', 'a.b', '../x', 'c.json']
+)
+def test_a_missing_file_is_named(name, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(config_lib.ConfigError) as info:
+    config_lib.load(name)
+  assert f'{name} is neither a file nor a packaged config' in str(info.value)
+
+
+def test_a_file_without_get_config(tmp_path):
+  path = tmp_path / 'empty.py'
+  path.write_text('x = 1\n')
+  with pytest.raises(config_lib.ConfigError, match=r'has no get_config\(\)'):
+    config_lib.load(str(path))
+  path.write_text('get_config = lambda: 3\n')
+  with pytest.raises(config_lib.ConfigError, match='gives 3, no config'):
+    config_lib.load(str(path))
+
+
+@pytest.mark.parametrize(
+  ('line', 'message'),
+  [
+    ('config.budgt = 1.0', 'unknown config field budgt; did you mean budget?'),
+    ('config.search.epoch = 1', 'search.epoch; did you mean search.epochs?'),
+    ('config.serch.epochs = 1', 'mean "search" instead of "serch"'),
+    ('config.seed = "a"', "override field 'seed'"),
+    ('config.search = 3', "override field 'search'"),
+  ],
+)
+def test_mistakes_in_a_file(write, line, message):
+  with pytest.raises(config_lib.ConfigError) as info:
+    config_lib.load(write(line))
+  assert message in str(info.value)
+  assert '\n' not in str(info.value)
+
+
+@pytest.mark.parametrize(
+  ('override', 'message'),
+  [
+    ('budgt=1.0', 'unknown config field budgt; did you mean budget?'),
+    ('search.epohcs=1', 'search.epohcs; did you mean search.epochs?'),
+    (
+      'float.optimizer.learning_rat=1',
+      'did you mean float.optimizer.learning_rate?',
+    ),
+    ('data.nmae=x', 'did you mean data.name?'),
+    ('zzz=1', 'unknown config field zzz'),
+    ('batch_size=64.0', 'batch_size takes a int, got 64.0'),
+    ('batch_size=many', "batch_size takes a int, got 'many'"),
+    ('seed=True', 'seed takes a int, got True'),
+    ('seed.x=1', "seed takes a int, got {'x': 1}"),
+    ('budget=', "budget takes a float, got ''"),
+    ('augment.flip=1', 'augment.flip takes a bool, got 1'),
+    ('data.name=3', 'data.name takes a str, got 3'),
+    ('uniform_bits=4', 'uniform_bits takes a tuple, got 4'),
+    ('search=3', 'search has fields of its own, got 3'),
+    ('model.kwargs=3', 'model.kwargs has fields of its own, got 3'),
+    ('rules=3', 'rules takes dicts in a list, got 3'),
+    ('rules=["conv"]', "rules takes dicts in a list, got ['conv']"),
+    ('budget', "'budget' is not of the form field=value"),
+  ],
+)
+def test_mistakes_in_overrides(override, message):
+  with pytest.raises(config_lib.ConfigError) as info:
+    config_lib.load('digits', [override])
+  assert message in str(info.value)
+
+
+def test_overrides_are_literals_or_text():
+  config = config_lib.load(
+    'digits',
+    [
+      'search.epochs=10',
+      'budget = 1e-3',
+      'data.dir=/some/where=else',
+      'augment.flip=True',
+      'bit_choices=[2, 4, 8]',
+      'uniform_bits=(3, 3)',
+      'search.epochs=12',
+    ],
+  )
+  assert config.search.epochs == 12.0
+  assert isinstance(config.search.epochs, float)
+  assert config.budget == 0.001
+  assert config.data.dir == '/some/where=else'
+  assert config.augment.flip is True
+  assert config.bit_choices == (2, 4, 8)
+  assert config.uniform_bits == (3, 3)
+
+
+def test_kwargs_of_the_model_are_free_and_add_up(write):
+  config = config_lib.load(
+    write('config.model.kwargs = {"channels": (4, 4), "num_classes": 5}'),
+    ['model.kwargs.num_classes=7', 'model.kwargs.anything=[1]'],
+  )
+  kwargs = config.model.kwargs.to_dict()
+  assert kwargs['channels'] == (4, 4)
+  assert kwargs['num_classes'] == 7
+  assert list(kwargs['anything']) == [1]
+
+
+def test_rules_reach_compress(write):
+  lines = 'config.rules = [dict(pattern="*", prune=False), dict(pattern="c")]'
+  for config in (
+    config_lib.load(write(lines)),
+    config_lib.load('digits', [lines.partition('= ')[0][7:] + '=' + LITERAL]),
+  ):
+    assert experiment.rules_of(config) == [
+      compress.Rule(pattern='*', prune=False),
+      compress.Rule(pattern='c'),
+    ]
+    json.dumps(config.to_dict())
+
+
+LITERAL = '[{"pattern": "*", "prune": False}, {"pattern": "c"}]'
+
+
+def test_rules_are_checked():
+  def rules(*given):
+    config = config_lib.change(config_lib.load('digits'), rules=given)
+    return experiment.rules_of(config)
+
+  with pytest.raises(ValueError, match="has no field 'prun'; known: pattern"):
+    rules({'pattern': '*', 'prun': False})
+  with pytest.raises(ValueError, match='needs a pattern'):
+    rules({'prune': False})
+
+
+def test_a_loaded_config_is_frozen(tmp_path):
+  config = tiny.experiment_config(tmp_path)
+  with pytest.raises(AttributeError, match='immutable'):
+    config.seed = 1
+  with pytest.raises(AttributeError, match='immutable'):
+    config.search.epochs = 1.0
+  hash(config)
+
+
+def test_change_copies_and_checks(tmp_path):
+  config = tiny.experiment_config(tmp_path)
+  changed = config_lib.change(config, seed=5, search={'epochs': 1})
+  assert (changed.seed, changed.search.epochs) == (5, 1.0)
+  assert (config.seed, config.search.epochs) == (0, 40.0)
+  assert changed.search.ramp == config.search.ramp
+  assert changed.model.name == 'tiny'
+  with pytest.raises(config_lib.ConfigError, match='did you mean seed'):
+    config_lib.change(config, sead=5)

@@ -1,0 +1,247 @@
+"""A hardened model predicts what the frozen one did, and is as small as told.
+
+Channels, bits and costs are counted from the arrays and the traced program,
+and compared with what was planned.
+"""
+
+import dataclasses
+import functools
+import typing
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from djpq_jax import compress
+from djpq_jax import cost
+from djpq_jax import evaluation
+from djpq_jax import harden
+from djpq_jax import layers
+
+# They run flax's batch norm.
+pytestmark = pytest.mark.standard_promotion
+
+X = jax.ShapeDtypeStruct((2, *tiny.SHAPE), jnp.float32)
+PRUNE_ALL = compress.Rule(pattern='*', prune=True)
+KINDS = {
+  'flatten': (tiny.Normed, ()),
+  'depthwise': (tiny.Depthwise, ()),
+  'residual': (tiny.Residual, (PRUNE_ALL,)),
+}
+
+
+class Built(typing.NamedTuple):
+  plan: compress.Plan
+  frozen: compress.Compressed
+  hardened: harden.HardenedModel
+
+
+@functools.cache
+def build(name):
+  net = tiny.compressed(*KINDS[name])
+  plan = tiny.some_plan(net)
+  frozen = compress.freeze(net, plan, tiny.batch(64)['image'])
+  return Built(plan, frozen, harden.harden(frozen))
+
+
+@pytest.fixture(params=KINDS)
+def built(request):
+  return build(request.param)
+
+
+def test_predictions_stay(built):
+  split = tiny.split(200, seed=5)
+  before = evaluation.predictions(built.frozen, split)
+  after = evaluation.predictions(built.hardened, split)
+  np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)
+  np.testing.assert_array_equal(after.argmax(-1), before.argmax(-1))
+  assert np.ptp(after, axis=0).min() > 0.01
+
+
+def test_kernels_are_integers_that_fit_their_bits(built):
+  for path, layer, operands in compress.hooks(built.hardened):
+    assert isinstance(layer.kernel, layers.IntegerParam)
+    kernel = np.asarray(layer.kernel[...])
+    assert kernel.dtype == np.int8
+    assert np.abs(kernel).max() <= 2 ** (built.plan.weight_bits[path] - 1) - 1
+    assert operands.act.bits() <= built.plan.act_bits[path]
+  # Nothing that an optimizer would train is left of grids and gates.
+  left = nnx.state(built.hardened)
+  for kind in (layers.QuantParam, layers.GateParam):
+    assert not jax.tree.leaves(nnx.filter_state(left, kind))
+
+
+def test_inputs_are_on_their_grid(built):
+  x = tiny.batch(32)['image']
+  taps = compress.inputs_of(built.hardened, x)
+  for path, _, operands in compress.hooks(built.hardened):
+    step = float(operands.act.step[...])
+    levels = np.asarray(jax.jit(operands.act.__call__)(taps[path][0])) / step
+    np.testing.assert_allclose(levels, np.round(levels), atol=1e-3)
+    bits = built.plan.act_bits[path] - operands.act.signed
+    assert np.round(levels).max() <= 2**bits - 1
+    assert np.round(levels).min() >= (1 - 2**bits) * operands.act.signed
+
+
+def test_count_of_the_arrays_is_what_was_planned(built):
+  planned = compress.planned_usage(built.hardened.structure, built.plan)
+  rows = harden.count(built.hardened, X)
+  assert [row.name for row in rows] == [use.name for use in planned]
+  for row, use in zip(rows, planned):
+    assert row.macs == cost.macs([use])
+    assert row.weights == use.weights * use.keep_in * use.keep_out
+    assert (row.weight_bits, row.act_bits) == (use.weight_bits, use.act_bits)
+    assert row.bops == cost.bops([use])
+  totals = harden.totals(built.hardened, rows)
+  assert totals['macs'] == cost.macs(planned) < totals['float_macs']
+  assert totals['bops'] == cost.bops(planned)
+  assert totals['float_macs'] == sum(row.float_macs for row in rows)
+  assert totals['float_bops'] == 32 * 32 * totals['float_macs']
+  assert totals['relative_bops'] == totals['bops'] / totals['float_bops']
+
+
+def test_channels_are_gone():
+  plan, _, hardened = build('flatten')
+  kept = int(plan.open['conv'].sum())
+  assert kept == 3
+  model = hardened.model
+  assert model.conv.kernel.shape == (3, 3, 1, kept)
+  assert model.bn.scale.shape == (kept,)
+  assert model.head.kernel.shape == (4 * 4 * kept, tiny.CLASSES)
+  assert hardened.gates[0].scale.shape == (kept,)
+  conv, head = harden.count(hardened, X)
+  assert (conv.in_size, conv.out_size) == (1, 6)
+  assert (conv.kept_in, conv.kept_out) == (1, kept)
+  assert (head.kept_in, head.in_size) == (16 * kept, 96)
+  assert conv.macs == 16 * 9 * kept
+  assert head.macs == 16 * kept * tiny.CLASSES
+  assert conv.weights == 9 * kept
+
+
+def test_a_depthwise_layer_shrinks_once():
+  plan, _, hardened = build('depthwise')
+  kept = {name: int(mask.sum()) for name, mask in plan.open.items()}
+  rows = {row.name: row for row in harden.count(hardened, X)}
+  assert set(kept) == {'conv', 'pointwise'}
+  assert rows['depthwise'].macs == 16 * 9 * kept['conv']
+  assert rows['pointwise'].macs == 16 * kept['conv'] * kept['pointwise']
+  assert hardened.model.depthwise.kernel.shape == (3, 3, 1, kept['conv'])
+
+
+def test_the_frozen_model_is_left_as_it_was():
+  _, frozen, _ = build('flatten')
+  before = nnx.as_pure(nnx.state(frozen))
+  again = harden.harden(frozen)
+  again.model.conv.kernel.set_value(jnp.zeros_like(again.model.conv.kernel))
+  again.model.bn.mean.set_value(jnp.zeros_like(again.model.bn.mean))
+  after = nnx.as_pure(nnx.state(frozen))
+  jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+def test_bits_are_counted_from_what_is_there():
+  """Not from the plan: smaller integers are cheaper integers."""
+  plan, _, hardened = build('flatten')
+  changed = nnx.clone(hardened)
+  kernel = changed.model.head.kernel
+  kernel.set_value(jnp.clip(kernel[...], -1, 1))
+  act = changed.model.head.promote_dtype.act
+  act.clip.set_value(3 * act.step[...])
+  was, now = harden.count(hardened, X)[1], harden.count(changed, X)[1]
+  assert (was.weight_bits, was.act_bits) == (
+    plan.weight_bits['head'],
+    plan.act_bits['head'],
+  )
+  assert (now.weight_bits, now.act_bits) == (2, 2)
+  assert now.bops == 4 * now.macs
+
+
+def test_wide_and_float_layers():
+  """More than 8 bits take int16; a layer that a rule spares stays float."""
+  rules = [compress.Rule(pattern='head', quantize=False)]
+  net = tiny.compressed(tiny.Mlp, rules)
+  plan = compress.Plan(
+    open={}, weight_bits={'hidden': 12}, act_bits={'hidden': 8}
+  )
+  frozen = compress.freeze(net, plan, tiny.batch(64)['image'])
+  hardened = harden.harden(frozen)
+  hidden, head = harden.count(hardened, X)
+  assert hardened.model.hidden.kernel[...].dtype == jnp.int16
+  assert (hidden.weight_bits, hidden.act_bits) == (12, 8)
+  assert hardened.model.head.kernel[...].dtype == jnp.float32
+  assert (head.weight_bits, head.act_bits) == (32, 32)
+  assert head.bops == 32 * 32 * head.macs
+  split = tiny.split(64)
+  np.testing.assert_allclose(
+    evaluation.predictions(hardened, split),
+    evaluation.predictions(frozen, split),
+    rtol=1e-5,
+    atol=1e-5,
+  )
+
+
+def test_products_outside_of_layers_are_counted():
+  class Attention(nnx.Module):
+    def __init__(self, rngs):
+      self.embed = nnx.Linear(4, 6, rngs=rngs)
+      self.head = nnx.Linear(6, tiny.CLASSES, rngs=rngs)
+
+    def __call__(self, x):
+      x = self.embed(x[..., 0])
+      scores = nnx.softmax(jnp.einsum('btc,bsc->bts', x, x))
+      return self.head(jnp.einsum('bts,bsc->btc', scores, x).mean(1))
+
+  net = tiny.compressed(Attention)
+  plan = tiny.some_plan(net)
+  frozen = compress.freeze(net, plan, tiny.batch(64)['image'])
+  rows = harden.count(harden.harden(frozen), X)
+  products = [row for row in rows if row.kind == 'product']
+  assert [row.macs for row in products] == [4 * 4 * 6] * 2
+  assert all(row.bops == 32 * 32 * row.macs for row in products)
+  planned = compress.planned_usage(frozen.structure, plan)
+  assert sum(row.bops for row in rows) == cost.bops(planned)
+
+
+def test_only_settled_models_are_hardened():
+  net = tiny.compressed(tiny.Normed)
+  with pytest.raises(ValueError, match='freeze it with a plan first'):
+    harden.harden(net)
+
+
+@pytest.mark.parametrize(
+  ('path', 'bad'),
+  [
+    ('model/head/kernel', np.nan),
+    ('model/bn/var', np.inf),
+    ('model/conv/promote_dtype/act/log_clip', np.nan),
+  ],
+)
+def test_what_is_not_finite_is_named(path, bad):
+  broken = nnx.clone(build('flatten').frozen)
+  variable = broken
+  for name in path.split('/'):
+    variable = getattr(variable, name)
+  value = np.array(variable[...])
+  value.flat[-1] = bad
+  variable.set_value(jnp.asarray(value))
+  with pytest.raises(ValueError, match=f'{path} is not finite; nothing was'):
+    harden.harden(broken)
+
+
+@pytest.mark.parametrize(
+  ('largest', 'unsigned', 'signed'),
+  [(0, 1, 2), (1, 1, 2), (2, 2, 3), (3, 2, 3), (4, 3, 4), (127, 7, 8)]
+  + [(128, 8, 9), (255, 8, 9), (32767, 15, 16)],
+)
+def test_bits_of(largest, unsigned, signed):
+  assert harden.bits_of(largest, signed=False) == unsigned
+  assert harden.bits_of(largest, signed=True) == signed
+
+
+def test_reports_are_plain_numbers():
+  """They go into a manifest: no NumPy and no JAX scalars."""
+  for row in harden.count(build('residual').hardened, X):
+    for field, value in dataclasses.asdict(row).items():
+      assert type(value) in (int, str), field
