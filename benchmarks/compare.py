@@ -130,7 +130,12 @@ def main():
       if (name, seed) in done:
         continue
       changed = config_lib.change(config, **rows[name])
-      run = {'contestant': name, 'seed': seed, **one(changed, model, accuracy)}
+      run = {'contestant': name, 'seed': seed}
+      try:
+        run |= one(changed, model, accuracy)
+      except ValueError as error:  # as a budget that bits alone cannot reach
+        print(f'seed {seed}: {name}: {error}', flush=True)
+        continue
       result['runs'].append(run)
       args.out.parent.mkdir(parents=True, exist_ok=True)
       args.out.write_text(json.dumps(result, indent=1) + '\n')

@@ -170,19 +170,15 @@ def test_kwargs_of_the_model_are_free_and_add_up(write):
 
 
 def test_rules_reach_compress(write):
-  lines = 'config.rules = [dict(pattern="*", prune=False), dict(pattern="c")]'
-  for config in (
-    config_lib.load(write(lines)),
-    config_lib.load('digits', [lines.partition('= ')[0][7:] + '=' + LITERAL]),
-  ):
+  rules = '[{"pattern": "*", "prune": False}, {"pattern": "c"}]'
+  in_file = config_lib.load(write(f'config.rules = {rules}'))
+  overridden = config_lib.load('digits', [f'rules={rules}'])
+  for config in (in_file, overridden):
     assert experiment.rules_of(config) == [
       compress.Rule(pattern='*', prune=False),
       compress.Rule(pattern='c'),
     ]
     json.dumps(config.to_dict())
-
-
-LITERAL = '[{"pattern": "*", "prune": False}, {"pattern": "c"}]'
 
 
 def test_rules_are_checked():
