@@ -70,5 +70,5 @@ class Controller:
     error = jax.lax.stop_gradient(jnp.clip(error, -1.0, 1.0))
     total = control.log_strength + self.integral / self.steps * error
     total = jnp.clip(total, *LOG_STRENGTH_RANGE)
-    strength = jnp.exp(total + self.proportional * error)
-    return strength, Control(log_strength=total)
+    now = jnp.clip(total + self.proportional * error, *LOG_STRENGTH_RANGE)
+    return jnp.exp(now), Control(log_strength=total)

@@ -47,7 +47,7 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
     uint8 [ceil(values.size * bits / 8)].
 
   >>> pack(np.array([1, -1, 0, 1]), 2).tolist()
-  [110]
+  [231]
   """
   shifted = np.ravel(values).astype(np.int64) + 2 ** (bits - 1)
   if shifted.size and not 0 <= shifted.min() <= shifted.max() < 2**bits:

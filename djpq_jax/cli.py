@@ -8,7 +8,6 @@ import shutil
 import sys
 from typing import Any
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,9 +21,7 @@ from djpq_jax import config as config_lib
 from djpq_jax import data
 from djpq_jax import evaluation
 from djpq_jax import experiment
-from djpq_jax import graph as graph_lib
 from djpq_jax import harden
-from djpq_jax import models
 from djpq_jax import report as report_lib
 from djpq_jax import train
 
@@ -219,13 +216,7 @@ class _Bars:
 
 def _inspect(args) -> None:
   config = config_lib.load(args.config, args.set)
-  spec = config.model
-  # Shapes are enough: neither images nor numbers.
-  model = nnx.eval_shape(lambda: models.create(spec.name, **spec.kwargs))
-  sample = jax.ShapeDtypeStruct((2, *model.input_shape), jnp.float32)
-  graph = graph_lib.trace(compress.eval_view(model), sample)
-  structure = compress.resolve(graph, experiment.rules_of(config))
-  table = _inspection(structure)
+  table = _inspection(experiment.dense_structure(config))
   if args.json:
     print(json.dumps(table, indent=1))
   else:

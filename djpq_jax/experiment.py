@@ -23,6 +23,7 @@ from djpq_jax import checkpoint
 from djpq_jax import compress
 from djpq_jax import data
 from djpq_jax import evaluation
+from djpq_jax import graph as graph_lib
 from djpq_jax import harden
 from djpq_jax import losses
 from djpq_jax import models
@@ -118,6 +119,15 @@ def dense_model(run: Run):
     arrays = torch_weights.read_state_dict(config.model.weights)
     torch_weights.assign(model, arrays)
   return model
+
+
+def dense_structure(config) -> compress.Structure:
+  """Layers and channel groups of a config's model, from its shapes alone."""
+  spec = config.model
+  model = nnx.eval_shape(lambda: models.create(spec.name, **spec.kwargs))
+  sample = jax.ShapeDtypeStruct((2, *model.input_shape), jnp.float32)
+  graph = graph_lib.trace(compress.eval_view(model), sample)
+  return compress.resolve(graph, rules_of(config))
 
 
 def rules_of(config) -> list[compress.Rule]:
@@ -353,9 +363,15 @@ def run(
 def _check(run: Run, model) -> None:
   """Finds out before the first training whether rules and budget can work."""
   config = run.config
+  run.steps(0)  # checks the batch size
+  run.batches(0)  # checks the augmentation
   net, choices = compressed(run, model), config.bit_choices or None
   if config.method != 'uniform':
     allocate.check_reachable(net, config.budget or 1.0, choices)
+  if config.method == 'two_stage':  # bits alone must do what pruning leaves
+    whole = compressed(run, model, [compress.Rule(pattern='*', prune=False)])
+    left = config.budget / config.two_stage_macs
+    allocate.check_reachable(whole, left, choices)
 
 
 def _deploy(run: Run, hardened, workdir, float_accuracy, start):

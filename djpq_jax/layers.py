@@ -227,16 +227,25 @@ class Gate(nnx.Module):
     soft = jax.nn.softplus(log_alpha) / OPEN_LOG_ALPHA
     return hard + (soft - jax.lax.stop_gradient(soft))
 
-  def sample(self, key, batch: int):
-    """Draws the gates of `batch` examples, [batch, size]."""
-    if self.log_sigma2 is None:
-      return self.mean()
-    shape = (batch, self.size)
-    return gate.sample_gate(key, self.mu[...], self.log_sigma2[...], shape)
-
   def mean(self):
     """The gates without noise, closed ones at 0, [1, size]."""
     return (self.mu[...] * self.open_mask().astype(jnp.float32))[None]
+
+
+def sample(gates: Sequence[Gate], key, batch: int) -> list[jax.Array]:
+  """Draws the gates of `batch` examples, [batch, size] for each group.
+
+  All groups are one draw: a generator for each would take long to compile.
+  Gates that are settled have no noise: they are at their means, [1, size].
+  """
+  noise = [g.log_sigma2 for g in gates if g.log_sigma2 is not None]
+  if len(noise) < len(gates) or not gates:
+    return [g.mean() for g in gates]
+  mu = jnp.concatenate([g.mu[...] for g in gates])
+  log_sigma2 = jnp.concatenate([v[...] for v in noise])
+  z = gate.sample_gate(key, mu, log_sigma2, (batch, mu.size))
+  ends = np.cumsum([g.size for g in gates])
+  return jnp.split(z, ends[:-1], axis=1)
 
 
 _gates: contextvars.ContextVar[Sequence[jax.Array] | None]

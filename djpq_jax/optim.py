@@ -83,14 +83,14 @@ def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
   schedule = cosine(config.learning_rate, steps, config.warmup)
   decay = optax.add_decayed_weights(config.weight_decay, mask=_is_kernel)
   if config.name == 'adam':
-    rule = [optax.scale_by_adam(), decay]
+    rule = [_flattened(optax.scale_by_adam()), decay]
   else:
     rule = [decay, optax.trace(config.momentum, nesterov=True)]
 
   def adam(rate):
     if config.decay_gates:
-      return optax.adam(cosine(rate, steps, config.warmup))
-    return optax.adam(rate)
+      rate = cosine(rate, steps, config.warmup)
+    return _flattened(optax.adam(rate))
 
   chains = {
     'weights': optax.chain(
@@ -102,6 +102,21 @@ def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     'gates': adam(config.gate_rate),
   }
   return optax.multi_transform(chains, {k: k for k in chains})
+
+
+def _flattened(inner: optax.GradientTransformation):
+  """Runs `inner` on one vector: hundreds of small arrays compile slowly."""
+  flat = optax.flatten(inner)
+
+  def init(params):
+    return flat.init(params) if jax.tree.leaves(params) else optax.EmptyState()
+
+  def update(updates, state, params=None):
+    if not jax.tree.leaves(updates):
+      return updates, state
+    return flat.update(updates, state, params)
+
+  return optax.GradientTransformation(init, update)
 
 
 def _is_kernel(params):

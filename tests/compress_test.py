@@ -112,6 +112,23 @@ def plan_for(net, masks, bits=16):
   return compress.Plan(open=masks, weight_bits=bits, act_bits=bits)
 
 
+def draws(net, x, *seeds):
+  """(output, what entered each layer) per seed; None is without noise."""
+  graphdef, state = nnx.split(net)
+
+  @jax.jit
+  def run(state, x):
+    net = nnx.merge(graphdef, state)
+    found = []
+    for seed in seeds:
+      key = None if seed is None else jax.random.key(seed)
+      with layers.tap() as taps:
+        found.append((net(x, gate_key=key), taps))
+    return found
+
+  return run(state, x)
+
+
 def counts(*nets):
   """(MACs, BOPs) now of each model, in one program."""
   graphdefs, states = zip(*map(nnx.split, nets))
@@ -406,16 +423,10 @@ def test_tokens_of_an_example_share_its_noise():
   assert [net.structure.groups[g].name for g in net.structure.gated] == ['fc1']
   net.gates[0].log_sigma2[...] = jnp.full(16, -1.0)
 
-  def hidden(net, **kwargs):
-    with layers.tap() as taps:
-      out = net(mlp.x, **kwargs)
-    return taps['fc2'][0], out
-
-  (clean, out), (noisy, _) = (
-    hidden(net),
-    hidden(net, gate_key=jax.random.key(0)),
-  )
-  np.testing.assert_allclose(out, mlp.model(mlp.x), rtol=1e-5, atol=1e-5)
+  (out, quiet), (_, noisy) = draws(net, mlp.x, None, 0)
+  (want,) = call(mlp.model, mlp.x)
+  np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
+  (clean,), (noisy,) = quiet['fc2'], noisy['fc2']
   assert noisy.shape == (2, 6, 16)
   safe = np.abs(clean) > 1e-2
   z = np.where(safe, noisy / np.where(safe, clean, 1), np.nan)
@@ -429,10 +440,12 @@ def test_noise_comes_from_the_key_alone():
   net = chain.assemble(FLOAT)
   for gate in net.gates:
     gate.log_sigma2[...] = jnp.full(gate.size, -1.0)
-  draw = lambda seed: np.asarray(net(chain.x, gate_key=jax.random.key(seed)))
-  np.testing.assert_array_equal(draw(0), draw(0))
-  assert np.abs(draw(0) - draw(1)).min() > 0
-  np.testing.assert_array_equal(net(chain.x), net(chain.x))
+  found = draws(net, chain.x, 0, 0, 1, None, None)
+  one, again, other, quiet, quiet_again = (np.asarray(out) for out, _ in found)
+  np.testing.assert_array_equal(one, again)
+  np.testing.assert_array_equal(quiet, quiet_again)
+  assert np.abs(one - other).min() > 0
+  assert np.abs(one - quiet).min() > 0
 
 
 @standard_promotion
@@ -440,11 +453,15 @@ def test_a_closed_channel_does_not_matter_and_an_open_one_does():
   chain = built('chain')
   net = chain.assemble(FLOAT)
   net.gates[0].log_sigma2[...] = jnp.asarray([-9.0] * 7 + [9.0])
-  before = np.asarray(net(chain.x))
-  net.model.conv1.bias[...] = net.model.conv1.bias[...].at[7].add(1e3)
-  np.testing.assert_array_equal(net(chain.x), before)
-  net.model.conv1.bias[...] = net.model.conv1.bias[...].at[0].add(1e3)
-  assert np.abs(net(chain.x) - before).max() > 1
+  graphdef, state = nnx.split(net)
+
+  def output(state):
+    return nnx.merge(graphdef, state)(chain.x).sum()
+
+  grads = jax.jit(jax.grad(output))(nnx.as_pure(state))
+  grad = np.asarray(grads['model']['conv1']['bias'])
+  assert float(grad[7]) == 0
+  assert np.all(grad[:7] != 0)
 
 
 @standard_promotion
@@ -493,7 +510,8 @@ def test_usage_equals_counts_by_hand():
   conv2 = operands_of(net)['conv2']
   conv2.weight.log_step[...] = conv2.weight.log_clip[...] - np.log(7.0)
   conv2.act.log_step[...] = conv2.act.log_clip[...] - np.log(15.0)
-  uses = compress.usage(net)
+  graphdef, state = nnx.split(net)
+  uses = jax.jit(lambda s: compress.usage(nnx.merge(graphdef, s)))(state)
   assert [u.name for u in uses] == ['conv1', 'conv2', 'head']
   assert [u.macs for u in uses] == CHAIN_MACS
   assert [u.weights for u in uses] == [27 * 8, 72 * 6, 30]
@@ -538,33 +556,38 @@ def test_planned_usage_is_exact():
 def test_products_outside_of_layers_count_in_float32():
   # Untraced channels are in attention, too: its heads are an axis of their own.
   attention = built('attention')
-  uses = compress.usage(attention.assemble())
-  inside = sum(layer.macs for layer in attention.graph.layers.values())
+  net = attention.assemble(FLOAT, compress.Rule(pattern='head', quantize=True))
+  uses = compress.usage(net)
+  inside = {p: layer.macs for p, layer in attention.graph.layers.items()}
   outside = sum(macs for _, macs in attention.graph.other_macs)
   assert outside == 2 * 2 * 6 * 6 * 6  # two products, heads, tokens, features
-  np.testing.assert_allclose(
-    cost.bops(uses), 64 * inside + 1024 * outside, rtol=1e-5
-  )
+  head = inside.pop('head')
+  want = 64 * head + 1024 * (sum(inside.values()) + outside)
+  np.testing.assert_allclose(cost.bops(uses), want, rtol=1e-5)
 
 
 # -- freeze -------------------------------------------------------------------
 
-ARCHITECTURES = [
-  'flatten_4x4',
-  'inverted_residual',
-  'squeeze_excite',
-  'dense_block',
-  'transformer_mlp',
-]
+
+def assert_costs_as_planned(net, frozen, plan, x):
+  """The plan's count, the trace of the smaller model, and usage agree."""
+  planned = compress.planned_usage(net.structure, plan)
+  now = graph.trace(frozen, x)
+  for use in planned:
+    layer = now.layers[f'model/{use.name}']
+    assert layer.macs == cost.macs([use])
+    assert layer.weights == use.weights * use.keep_in * use.keep_out
+  for macs, bops in counts(net, frozen):
+    np.testing.assert_allclose(macs, cost.macs(planned), rtol=1e-5)
+    np.testing.assert_allclose(bops, cost.bops(planned), rtol=1e-5)
 
 
 @standard_promotion
-@pytest.mark.parametrize('name', ARCHITECTURES)
+@pytest.mark.parametrize('name', ['inverted_residual', 'transformer_mlp'])
 def test_a_frozen_model_is_the_masked_one_and_costs_what_was_planned(name):
   here = built(name)
   net = here.assemble(WIDE)
   masks = masks_of(net)
-  assert masks
   settle(net, masks)
   compress.calibrate(net, here.x)
   for operands in operands_of(net).values():  # no clipping
@@ -577,17 +600,44 @@ def test_a_frozen_model_is_the_masked_one_and_costs_what_was_planned(name):
   masked, sliced, whole = call(net, frozen, here.model, here.x)
   scale = np.abs(masked).max()
   assert np.abs(masked - whole).max() > 0.05 * scale  # the gates say something
+  # 16 bits are 3e-5 of a clip, and a clip is fitted to within 7 %.
   np.testing.assert_allclose(sliced, masked, atol=1e-3 * scale)
+  assert_costs_as_planned(net, frozen, plan, here.x)
 
-  planned = compress.planned_usage(net.structure, plan)
-  now = graph.trace(frozen, here.x)
-  for use in planned:
-    layer = now.layers[f'model/{use.name}']
-    assert layer.macs == cost.macs([use])
-    assert layer.weights == use.weights * use.keep_in * use.keep_out
-  for macs, bops in counts(net, frozen):
-    np.testing.assert_allclose(macs, cost.macs(planned), rtol=1e-5)
-    np.testing.assert_allclose(bops, cost.bops(planned), rtol=1e-5)
+
+@standard_promotion
+@pytest.mark.parametrize(
+  'name', ['dense_block', 'flatten_4x4', 'squeeze_excite']
+)
+def test_gates_fold_into_a_plain_model(name):
+  here = built(name)
+  net = here.assemble(FLOAT)
+  masks = masks_of(net)
+  settle(net, masks)
+  plan = plan_for(net, masks)
+  frozen = compress.freeze(net, plan, here.x)
+  plain = compress.fold_gates(frozen)
+  assert type(plain) is type(here.model)
+  for _, module in nnx.iter_modules(plain):
+    assert not isinstance(module, layers.Operands)
+  masked, sliced, folded, whole = call(net, frozen, plain, here.model, here.x)
+  scale = np.abs(masked).max()
+  assert np.abs(masked - whole).max() > 0.05 * scale
+  np.testing.assert_allclose(sliced, masked, atol=1e-5 * scale)
+  np.testing.assert_allclose(folded, masked, atol=1e-5 * scale)
+  assert_costs_as_planned(net, frozen, plan, here.x)
+
+
+@standard_promotion
+def test_gates_of_models_that_are_not_settled_or_quantized_do_not_fold():
+  chain = built('chain')
+  net = chain.assemble(FLOAT)
+  with pytest.raises(ValueError, match='frozen with a plan'):
+    compress.fold_gates(net)
+  structure = dataclasses.replace(net.structure, plan=plan_for(net, {}))
+  net = compress.Compressed(chain.assemble().model, net.gates, structure)
+  with pytest.raises(ValueError, match='conv1 is quantized'):
+    compress.fold_gates(net)
 
 
 @standard_promotion
@@ -610,14 +660,10 @@ def test_what_freeze_leaves():
   found = operands_of(frozen)
   assert {p: o.weight.bits() for p, o in found.items()} == plan.weight_bits
   assert {p: o.act.bits() for p, o in found.items()} == plan.act_bits
-  with layers.tap() as taps:
-    quiet = frozen(chain.x)
-  np.testing.assert_array_equal(
-    quiet, frozen(chain.x, gate_key=jax.random.key(0))
-  )
-  levels = np.unique(
-    found['conv1'].weight.integers(frozen.model.conv1.kernel[...])
-  )
+  (quiet, taps), (keyed, _) = draws(frozen, chain.x, None, 0)
+  np.testing.assert_array_equal(quiet, keyed)
+  kernel = frozen.model.conv1.kernel[...]
+  levels = np.unique(found['conv1'].weight.integers(kernel))
   np.testing.assert_array_equal(levels, [-1, 0, 1])
   assert len(np.unique(found['conv2'].act(taps['conv2'][0]))) == 2
 
@@ -630,7 +676,7 @@ def squared_error(quantizer, clip, x):
 
 
 @standard_promotion
-@pytest.mark.parametrize('bits', [2, 3, 4])
+@pytest.mark.parametrize('bits', [2, 4])
 def test_the_clip_has_the_least_squared_error(bits):
   chain = built('chain')
   net = chain.compress(compress.Rule(pattern='*', act_bits=(2, 8)))
@@ -682,42 +728,14 @@ def test_grids_per_channel_are_fitted_and_go_with_their_channels(name, pruned):
     clips = np.exp(np.asarray(operands.weight.log_clip[...], np.float64))
     axis = int(np.argmax(clips.shape))
     assert clips.size == clips.shape[axis] == kernel.shape[axis]
+    got = want = 0.0
     for clip, x in zip(clips.ravel(), np.moveaxis(kernel, axis, 0)):
-      best = min(
+      got += squared_error(operands.weight, clip, x)
+      want += min(
         squared_error(operands.weight, c, x)
         for c in np.linspace(0.2, 1.2, 200) * np.abs(x).max()
       )
-      assert squared_error(operands.weight, clip, x) <= 1.3 * best + 1e-9
-
-
-@standard_promotion
-@pytest.mark.parametrize('name', ['dense_block', 'flatten_4x4'])
-def test_gates_fold_into_a_plain_model(name):
-  here = built(name)
-  net = here.assemble(FLOAT)
-  masks = masks_of(net)
-  settle(net, masks)
-  frozen = compress.freeze(net, plan_for(net, masks), here.x)
-  plain = compress.fold_gates(frozen)
-  assert not any(
-    isinstance(module, layers.Operands) for _, module in nnx.iter_modules(plain)
-  )
-  assert type(plain) is type(here.model)
-  masked, sliced, folded = call(net, frozen, plain, here.x)
-  scale = np.abs(masked).max()
-  np.testing.assert_allclose(sliced, masked, atol=1e-5 * scale)
-  np.testing.assert_allclose(folded, masked, atol=1e-5 * scale)
-
-
-@standard_promotion
-def test_gates_of_models_that_are_not_settled_or_quantized_do_not_fold():
-  chain = built('chain')
-  with pytest.raises(ValueError, match='frozen with a plan'):
-    compress.fold_gates(chain.assemble(FLOAT))
-  net = chain.compress()
-  frozen = compress.freeze(net, plan_for(net, {}, 8), chain.x)
-  with pytest.raises(ValueError, match='conv1 is quantized'):
-    compress.fold_gates(frozen)
+    assert got <= 1.2 * want
 
 
 def test_a_plan_survives_json():

@@ -53,6 +53,8 @@ TABLE = (
   ),
   Row('export', 'harden integer cost', 'jax numpy flax.nnx onnx'),
   Row('report', 'harden integer cost', 'numpy rich matplotlib jinja2'),
+  # A model at rest, on data.
+  Row('evaluation', 'compress data', 'jax numpy flax.nnx'),
   Row('train', 'ABOVE', 'jax numpy optax flax.nnx chex'),
   # One experiment, from a config to a report: composition and nothing else.
   Row('experiment', 'ABOVE', 'jax numpy optax flax.nnx ml_collections'),

@@ -332,11 +332,13 @@ def test_kl_in_closed_form():
 
 def test_samples_differ_by_example_and_repeat_by_key():
   gate = _gate([0.0, 4.0], mu=[1.0, -2.0])
-  z = gate.sample(jax.random.key(0), 5000)
+  z = layers.sample([gate], jax.random.key(0), 5000)[0]
   assert z.shape == (5000, 2)
   assert len(np.unique(z[:, 0])) > 4900
-  np.testing.assert_array_equal(z, gate.sample(jax.random.key(0), 5000))
-  assert np.all(z != gate.sample(jax.random.key(1), 5000))
+  np.testing.assert_array_equal(
+    z, layers.sample([gate], jax.random.key(0), 5000)[0]
+  )
+  assert np.all(z != layers.sample([gate], jax.random.key(1), 5000)[0])
   np.testing.assert_allclose(z.mean(0), [1.0, -2.0], atol=0.06)
   np.testing.assert_allclose(z.std(0), [1.0, 2 * np.exp(-2.0)], rtol=0.05)
 
@@ -347,7 +349,9 @@ def test_a_settled_gate_is_a_scale():
   assert float(gate.kl()) == 0.0
   np.testing.assert_array_equal(gate.keep(), np.ones(3))
   np.testing.assert_array_equal(gate.open_mask(), np.ones(3, bool))
-  np.testing.assert_allclose(gate.sample(jax.random.key(0), 7), gate.mean())
+  np.testing.assert_allclose(
+    layers.sample([gate], jax.random.key(0), 7)[0], gate.mean()
+  )
   np.testing.assert_allclose(gate.mean(), [[0.5, 2.0, -1.0]])
 
 

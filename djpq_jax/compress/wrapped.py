@@ -35,9 +35,8 @@ class Compressed(nnx.Module):
     if gate_key is None:
       values = [gate.mean() for gate in self.gates]
     else:
-      keys = jax.random.split(gate_key, max(1, len(self.gates)))
       batch = jax.tree.leaves(args)[0].shape[0]
-      values = [g.sample(k, batch) for g, k in zip(self.gates, keys)]
+      values = layers.sample(self.gates, gate_key, batch)
     with layers.scope(values):
       return self.model(*args, **kwargs)
 

@@ -1,0 +1,390 @@
+"""The commands: what they print, write, refuse, and say when they refuse."""
+
+import contextlib
+import io
+import json
+import pathlib
+import shutil
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import tiny
+
+from djpq_jax import checkpoint
+from djpq_jax import cli
+from djpq_jax import experiment
+from djpq_jax import train
+
+# The requirements of every report, by name.
+KEYS = 'float_accuracy accuracy relative_bops budget macs float_macs bops '
+KEYS += 'float_bops artifact artifact_bytes layers seconds seed config'
+LAYER_KEYS = 'name kept_in kept_out weight_bits act_bits macs bops'
+
+# (output pixels, kernel pixels, inputs, outputs) of each layer, by hand.
+LENET5 = [(28 * 28, 25, 1, 32), (14 * 14, 25, 32, 64)]
+LENET5 += [(1, 1, 7 * 7 * 64, 512), (1, 1, 512, 10)]
+VGG7 = [(1024, 9, 3, 128), (1024, 9, 128, 128), (256, 9, 128, 256)]
+VGG7 += [(256, 9, 256, 256), (64, 9, 256, 512), (64, 9, 512, 512)]
+VGG7 += [(1, 1, 4 * 4 * 512, 1024), (1, 1, 1024, 10)]
+RESNET20 = [(1024, 9, 3, 16)] + 6 * [(1024, 9, 16, 16)]
+RESNET20 += [(256, 9, 16, 32)] + 5 * [(256, 9, 32, 32)]
+RESNET20 += [(64, 9, 32, 64)] + 5 * [(64, 9, 64, 64)] + [(1, 1, 64, 10)]
+
+
+@pytest.fixture(scope='module', autouse=True)
+def registered():
+  with tiny.registered():
+    yield
+
+
+@pytest.fixture(scope='module')
+def config(tmp_path_factory):
+  """Path of the config file."""
+  path = tmp_path_factory.mktemp('config') / 'tiny.py'
+  path.write_text(tiny.CONFIG)
+  return str(path)
+
+
+class Finished(NamedTuple):
+  workdir: pathlib.Path
+  report: dict
+  printed: str
+
+
+@pytest.fixture(scope='module')
+def finished(config, tmp_path_factory):
+  """A run to its end."""
+  workdir = tmp_path_factory.mktemp('runs') / 'deep' / 'run'
+  out = io.StringIO()
+  with contextlib.redirect_stdout(out):
+    args = ['--config', config, '--workdir', str(workdir), '--set', 'seed=1']
+    assert cli.main(['train', *args]) == 0
+  report = json.loads((workdir / 'report.json').read_text())
+  return Finished(workdir, report, out.getvalue())
+
+
+def contents(folder):
+  return {
+    f.relative_to(folder): f.read_bytes()
+    for f in folder.rglob('*')
+    if f.is_file()
+  }
+
+
+def refused(capsys, *args):
+  """Runs a command that is wrong; returns the one sentence it says."""
+  assert cli.main(args) == 2
+  printed = capsys.readouterr()
+  assert printed.out == ''
+  assert printed.err.startswith('djpq: ')
+  assert printed.err.endswith('\n')
+  assert printed.err.count('\n') == 1
+  return printed.err
+
+
+def test_report_says_all_that_was_asked_for(finished):
+  report = finished.report
+  assert set(KEYS.split()) <= set(report)
+  for row in report['layers']:
+    assert set(LAYER_KEYS.split()) <= set(row)
+  assert report['seed'] == report['config']['seed'] == 1
+  assert report['budget'] == report['config']['budget'] == 0.02
+  assert report['seconds'] > 0
+  config = json.loads((finished.workdir / 'config.json').read_text())
+  assert config == report['config']
+
+
+def test_model_learned_on_budget(finished):
+  report = finished.report
+  assert report['float_accuracy'] > 0.9
+  assert report['accuracy'] > 0.9
+  # So few channels come in large steps, or it would be within 5 %.
+  assert 0.85 * 0.02 <= report['relative_bops'] <= 0.02
+  assert report['float_macs'] == 16 * 9 * 6 + 96 * 3
+  assert report['float_bops'] == 1024 * report['float_macs']
+  assert report['bops'] == sum(row['bops'] for row in report['layers'])
+  assert report['macs'] == sum(row['macs'] for row in report['layers'])
+  relative = report['bops'] / report['float_bops']
+  assert report['relative_bops'] == pytest.approx(relative, rel=1e-8)
+  conv, head = report['layers']
+  assert (conv['name'], head['name']) == ('conv', 'head')
+  assert conv['kept_out'] <= conv['out_size'] == 6
+  assert head['kept_in'] == 16 * conv['kept_out']
+  folder = finished.workdir / report['artifact']
+  assert report['artifact_bytes'] == checkpoint.size_bytes(folder)
+  # Parameters of the dense model: conv, two of batch norm, head with bias.
+  assert report['float_bytes'] == 4 * (9 * 6 + 2 * 6 + 96 * 3 + 3)
+
+
+def test_history_goes_through_the_phases(finished):
+  history = finished.report['history']
+  steps = [row['step'] for row in history]
+  assert steps == sorted(set(steps))
+  assert steps[-1] == 3 * (20 + 40 + 10)
+  phases = [row['phase'] for row in history]
+  order = ['float', 'search', 'finetune']
+  assert phases == sorted(phases, key=order.index)
+  assert set(phases) == set(order)
+  last = max(i for i, phase in enumerate(phases) if phase == 'search')
+  assert history[last]['relative_bops'] == pytest.approx(0.02, rel=0.5)
+
+
+def test_groups_keep_their_reasons_through_the_file(finished):
+  groups = {group['name']: group for group in finished.report['groups']}
+  assert groups['conv']['reason'] == ''
+  assert groups['conv']['kept'] == finished.report['layers'][0]['kept_out']
+  assert groups['head']['reason'] == 'is an output of the model'
+  assert groups['head']['kept'] == groups['head']['size'] == 3
+
+
+def test_train_prints_and_draws(finished):
+  printed, workdir = finished.printed, finished.workdir
+  for name in ('report.json', 'artifact', 'layers.png', 'curves.png'):
+    assert str(workdir / name) in printed
+    assert (workdir / name).exists()
+  assert 'bit operations (BOPs)' in printed
+  assert f'{100 * finished.report["accuracy"]:.2f} %' in printed
+  assert 'Not pruned: head (is an output of the model)' in printed
+  # In a log file every phase shows that it moves.
+  for phase in cli.PHASES.values():
+    assert f'{phase}: step' in printed
+  assert '\x1b' not in printed
+
+
+def test_evaluate_reproduces_the_report(finished, tmp_path, capsys):
+  """From the artifact alone, wherever it was moved to."""
+  artifact = shutil.copytree(finished.workdir / 'artifact', tmp_path / 'moved')
+  assert cli.main(['evaluate', '--artifact', str(artifact), '--json']) == 0
+  measured = json.loads(capsys.readouterr().out)
+  report = finished.report
+  assert measured['images'] == 50
+  for key in ('macs', 'float_macs', 'bops', 'float_bops'):
+    assert measured[key] == report[key]
+  for key in ('accuracy', 'relative_bops'):
+    assert measured[key] == pytest.approx(report[key], rel=1e-8)
+  assert cli.main(['evaluate', '--artifact', str(artifact)]) == 0
+  printed = capsys.readouterr().out
+  assert f'{report["accuracy"]:.2%} of 50 images of tiny' in printed
+  assert f'{report["bops"]:,} of {report["float_bops"]:,}' in printed
+
+
+def test_evaluate_refuses(finished, tmp_path, capsys):
+  artifact = str(finished.workdir / 'artifact')
+  evaluate = ['evaluate', '--artifact']
+  said = refused(capsys, *evaluate, artifact, '--data', 'digits')
+  assert 'takes images of shape (4, 4, 1), but digits has (8, 8, 1)' in said
+  said = refused(capsys, *evaluate, artifact, '--data', 'tini')
+  assert "no data source 'tini'; did you mean 'tiny'" in said
+  said = refused(capsys, *evaluate, str(finished.workdir))
+  assert 'is no artifact: it has no manifest.json' in said
+  broken = shutil.copytree(artifact, tmp_path / 'broken')
+  path = broken / 'manifest.json'
+  manifest = json.loads(path.read_text())
+  path.write_text(json.dumps(manifest | {'measured_on': {}}))
+  said = refused(capsys, *evaluate, str(broken))
+  assert 'does not say what it was measured on; give --data' in said
+  manifest['model']['name'] = 'tinny'
+  path.write_text(json.dumps(manifest))
+  assert "no model 'tinny'" in refused(capsys, *evaluate, str(broken))
+  path.write_text(path.read_text()[:-30])
+  assert 'is damaged' in refused(capsys, *evaluate, str(broken))
+
+
+def test_a_workdir_in_use_is_never_overwritten_silently(
+  finished, config, capsys
+):
+  workdir = finished.workdir
+  before = contents(workdir)
+  again = ['train', '--config', config, '--workdir', str(workdir)]
+  said = refused(capsys, *again, '--set', 'seed=1')
+  assert 'already holds this experiment' in said
+  assert 'choose another workdir, or --overwrite' in said
+  said = refused(capsys, *again, '--set', 'search.epochs=3', '--set', 'seed=1')
+  assert 'another experiment (it differs in search.epochs)' in said
+  said = refused(capsys, *again, '--set', 'seed=2', '--set', 'budget=0.1')
+  assert 'another experiment (it differs in budget, seed)' in said
+  # Not even on request, before it is known that the new one can run.
+  said = refused(capsys, *again, '--overwrite', '--set', 'budget=1e-6')
+  assert 'cannot be reached' in said
+  assert contents(workdir) == before
+
+
+def test_files_of_others_are_not_overwritten_on_request(
+  config, tmp_path, capsys
+):
+  (tmp_path / 'thesis.tex').write_text('years of work')
+  train_here = ['train', '--config', config, '--workdir', str(tmp_path)]
+  for more in ([], ['--overwrite']):
+    said = refused(capsys, *train_here, *more)
+    assert 'already holds files that are no experiment' in said
+    assert '--overwrite' not in said
+  assert [f.name for f in tmp_path.iterdir()] == ['thesis.tex']
+
+
+def test_overwrite_with_few_choices_of_bits(finished, config, tmp_path, capsys):
+  """Untrained, which is quick; nothing of the older run is left."""
+  workdir = pathlib.Path(shutil.copytree(finished.workdir, tmp_path / 'run'))
+  (workdir / 'notes.txt').write_text('old')
+  args = ['train', '--config', config, '--workdir', str(workdir), '--overwrite']
+  for phase in ('float', 'search', 'finetune'):
+    args += ['--set', f'{phase}.epochs=0']
+  choices = (2, 4, 8, 16, 32)
+  assert cli.main([*args, '--set', f'bit_choices={choices}']) == 0
+  report = json.loads((workdir / 'report.json').read_text())
+  assert report['seed'] == 0
+  assert report['history'] == []
+  assert report['relative_bops'] <= 0.02
+  for row in report['layers']:
+    assert row['weight_bits'] in choices
+    assert row['act_bits'] in choices
+  names = {f.name for f in workdir.iterdir()}
+  assert names == {'artifact', 'config.json', 'layers.png', 'report.json'}
+  assert 'curves.png' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ('overrides', 'message'),
+  [
+    (['search.epohcs=3'], 'field search.epohcs; did you mean search.epochs?'),
+    (['model.name=lenet6'], "no model 'lenet6'; did you mean 'lenet5'"),
+    (['data.name=digit'], "no data source 'digit'; did you mean 'digits'"),
+    (['method=djqp'], "unknown method 'djqp'; there are djpq, two_stage, uni"),
+    (['budget=1e-5'], 'cannot be reached'),
+    (['budget=1.5'], 'budget is a fraction'),
+    (['budget=-1.0'], 'budget is a fraction'),
+    (['data.name=digits'], 'but digits has (8, 8, 1); set model.kwargs.input'),
+    (['rules=[{"pattern": "conv9"}]'], 'rules match no layer: conv9'),
+    (['model.weights=nowhere.pt'], 'nowhere.pt'),
+  ],
+)
+def test_train_refuses_before_it_trains(
+  config, tmp_path, capsys, monkeypatch, overrides, message
+):
+  monkeypatch.setattr(train, 'jit_step', None)
+  workdir = tmp_path / 'run'
+  args = ['train', '--config', config, '--workdir', str(workdir)]
+  for override in overrides:
+    args += ['--set', override]
+  assert message in refused(capsys, *args)
+  assert not workdir.exists()
+
+
+def test_an_unreachable_budget_says_how_far_it_can_go(config, tmp_path, capsys):
+  args = ['train', '--config', config, '--workdir', str(tmp_path / 'run')]
+  said = refused(capsys, *args, '--set', 'budget=1e-5')
+  assert 'a budget of 0.0010%' in said
+  percent = float(said.partition('rules allow, ')[2].partition('%')[0])
+  # One of six channels; 2 bits, but 8 for the image.
+  conv, head = 16 * 9 * 1 * 2 * 8, 16 * 3 * 2 * 2
+  expected = (conv + head) / (1024 * (16 * 9 * 6 + 96 * 3))
+  assert percent == pytest.approx(100 * expected, abs=1e-4)
+
+
+def test_a_workdir_that_is_a_file(config, tmp_path, capsys):
+  path = tmp_path / 'file'
+  path.write_text('mine')
+  said = refused(capsys, 'train', '--config', config, '--workdir', str(path))
+  assert 'is a file, not a folder' in said
+  assert path.read_text() == 'mine'
+
+
+def test_a_config_that_is_missing(tmp_path, capsys):
+  args = ['--config', str(tmp_path / 'none.py'), '--workdir', str(tmp_path)]
+  said = refused(capsys, 'train', *args)
+  assert 'none.py is neither a file nor a packaged config' in said
+
+
+def test_training_that_breaks_has_its_own_status(
+  config, tmp_path, capsys, monkeypatch
+):
+  def broken(*args, **kwargs):
+    raise train.TrainingError('training stopped at step 3: the batch is gone')
+
+  monkeypatch.setattr(experiment, 'run', broken)
+  args = ['train', '--config', config, '--workdir', str(tmp_path / 'run')]
+  assert cli.main(args) == 1
+  printed = capsys.readouterr()
+  assert 'djpq: training stopped at step 3: the batch is gone\n' in printed.err
+
+
+def test_debug_shows_the_traceback(tmp_path):
+  with pytest.raises(ValueError, match='neither a file nor'):
+    cli.main(['--debug', 'inspect', '--config', str(tmp_path / 'none.py')])
+
+
+@pytest.mark.parametrize('args', [[], ['trian'], ['train'], ['inspect']])
+def test_usage(args, capsys):
+  with pytest.raises(SystemExit) as info:
+    cli.main(args)
+  assert info.value.code == 2
+  assert 'usage: djpq' in capsys.readouterr().err
+
+
+def inspected(capsys, *args):
+  assert cli.main(['inspect', '--config', 'digits', '--json', *args]) == 0
+  return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+  ('name', 'table'),
+  [('lenet5', LENET5), ('vgg7', VGG7), ('resnet20', RESNET20)],
+)
+def test_inspect_counts_as_by_hand(name, table, capsys):
+  """Without data of the model's shape, and without its weights."""
+  found = inspected(capsys, '--set', f'model.name={name}')
+  macs = [int(np.prod(row)) for row in table]
+  assert [layer['macs'] for layer in found['layers']] == macs
+  assert found['float_macs'] == sum(macs)
+  assert found['float_bops'] == 32 * 32 * sum(macs)
+  assert [layer['weights'] for layer in found['layers']] == [
+    kernel * inputs * outputs for _, kernel, inputs, outputs in table
+  ]
+  sizes = [(inputs, outputs) for _, _, inputs, outputs in table]
+  assert [(layer['in'], layer['out']) for layer in found['layers']] == sizes
+  published = {
+    'lenet5': (12_273_152, '12.6'),
+    'vgg7': (615_917_568, '630.7'),
+    'resnet20': (40_550_400 + 640, '41.5'),
+  }
+  assert found['float_macs'] == published[name][0]
+  assert f'{found["float_bops"] / 1e9:.1f}' == published[name][1]
+
+
+def test_inspect_tells_what_is_quantized_and_pruned(capsys):
+  rules = '[{"pattern": "linear", "quantize": False}]'
+  rules = rules[:-1] + ', {"pattern": "block2/*", "prune": False}]'
+  found = inspected(capsys, '--set', f'rules={rules}')
+  layers = {layer['name']: layer for layer in found['layers']}
+  assert layers['block1/conv']['act_bits'] == [8, 8]
+  assert layers['block2/conv']['reads'] == ['block1/conv']
+  assert layers['block2/conv']['quantize']
+  assert not layers['linear']['quantize']
+  groups = {group['name']: group for group in found['groups']}
+  assert groups['block1/conv']['prunable']
+  assert groups['block2/conv']['reason'] == 'a rule keeps its channels'
+  assert not groups['block2/conv']['prunable']
+  assert groups['block4/conv']['consumers'] == ['linear']
+
+
+def test_inspect_for_people(capsys, monkeypatch):
+  monkeypatch.setenv('COLUMNS', '200')
+  args = ['--config', 'digits', '--set', 'model.name=resnet20']
+  assert cli.main(['inspect', *args]) == 0
+  printed = capsys.readouterr().out
+  assert "no: is the model's input" in printed
+  assert 'no: is an output of the model' in printed
+  assert 'no: padded with a fixed number of zero channels' in printed
+  assert 'float_macs  40,551,040' in printed
+  assert f'float_bops  {1024 * 40_551_040:,} (32 x 32 bits)' in printed
+  assert 'layer3/2/conv2' in printed
+
+
+def test_inspect_refuses(capsys):
+  inspect = ['inspect', '--config', 'digits', '--set']
+  said = refused(capsys, *inspect, 'model.kwargs.input_shape=(7, 8, 1)')
+  assert 'multiples of 2' in said
+  said = refused(capsys, *inspect, 'model.kwargs.widths=3')
+  assert "digits_cnn takes no argument 'widths'" in said
+  said = refused(capsys, *inspect, 'rules=[{"pattern": "conv"}]')
+  assert 'the layers are block1/conv, block2/conv' in said

@@ -1,0 +1,45 @@
+"""Examples in the documents run, and their tables are those of the results."""
+
+import doctest
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize('name', ['README.md', 'docs/method.md'])
+def test_examples_run(name):
+  flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+  failed, _ = doctest.testfile(
+    str(ROOT / name), module_relative=False, optionflags=flags
+  )
+  assert failed == 0
+
+
+def test_readme_has_examples():
+  parser = doctest.DocTestParser()
+  assert len(parser.get_examples((ROOT / 'README.md').read_text())) > 10
+
+
+def test_tables_are_those_of_the_results():
+  command = [sys.executable, 'benchmarks/tables.py', '--check']
+  done = subprocess.run(
+    command, cwd=ROOT, capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_links_lead_somewhere():
+  for path in [ROOT / 'README.md', *ROOT.glob('docs/*.md')]:
+    for target in _links(path.read_text()):
+      assert (path.parent / target).exists(), f'{path.name}: {target}'
+
+
+def _links(text):
+  for part in text.split('](')[1:]:
+    target = part.split(')')[0]
+    if '://' not in target and not target.startswith('#'):
+      yield target.split('#')[0]

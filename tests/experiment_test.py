@@ -1,0 +1,172 @@
+"""Whole experiments, and what their reports claim."""
+
+import json
+
+from flax import nnx
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from djpq_jax import checkpoint
+from djpq_jax import config as config_lib
+from djpq_jax import evaluation
+from djpq_jax import experiment
+from djpq_jax import models
+from djpq_jax import train
+
+# They run whole training loops.
+pytestmark = pytest.mark.standard_promotion
+
+BUDGET = 0.02
+
+
+@pytest.fixture(scope='module', autouse=True)
+def registered():
+  with tiny.registered():
+    yield
+
+
+@pytest.fixture(scope='module')
+def config(tmp_path_factory):
+  return tiny.experiment_config(tmp_path_factory.mktemp('config'))
+
+
+def untrained(config, **fields):
+  """The config without a training step, so that nothing is compiled for one."""
+  none = {'epochs': 0}
+  return config_lib.change(
+    config, **{'float': none, 'search': none, 'finetune': none} | fields
+  )
+
+
+def check_report(report, workdir):
+  """What is true of every report."""
+  json.dumps(report, allow_nan=False)
+  rows = report['layers']
+  assert report['macs'] == sum(row['macs'] for row in rows)
+  assert report['bops'] == sum(row['bops'] for row in rows)
+  assert report['relative_bops'] == report['bops'] / report['float_bops']
+  assert report['float_bops'] == 32 * 32 * report['float_macs']
+  for row in rows:
+    assert row['bops'] == row['macs'] * row['weight_bits'] * row['act_bits']
+  folder = workdir / report['artifact']
+  assert report['artifact_bytes'] == checkpoint.size_bytes(folder)
+  reloaded = experiment.load_artifact(folder)
+  _, test = tiny.source()
+  assert report['accuracy'] == evaluation.evaluate(reloaded, test)
+
+
+def test_two_stage(config, tmp_path):
+  config = config_lib.change(
+    config,
+    method='two_stage',
+    two_stage_macs=0.6,
+    finetune={'epochs': 0},
+  )
+  model = tiny.make(tiny.Normed)
+  before = jax.tree.map(np.array, nnx.as_pure(nnx.state(model)))
+  report = experiment.run(config, tmp_path, trained=model)
+  check_report(report, tmp_path)
+  # The float model that was given is the baseline, and stays as it was.
+  _, test = tiny.source()
+  assert report['float_accuracy'] == evaluation.evaluate(model, test)
+  after = nnx.as_pure(nnx.state(model))
+  jax.tree.map(np.testing.assert_array_equal, after, before)
+  assert 0.85 * BUDGET <= report['relative_bops'] <= BUDGET
+  assert report['macs'] <= 0.6 * report['float_macs']
+  assert report['layers'][0]['kept_out'] < 6
+  assert report['layers'][1]['kept_in'] == 16 * report['layers'][0]['kept_out']
+  assert report['accuracy'] > 0.8
+  # Of the model the artifact needs the name and shapes, but no number.
+  with pytest.MonkeyPatch.context() as patch:
+    other = lambda rngs: tiny.make(tiny.Normed, seed=77)
+    patch.setitem(models.MODELS, 'tiny', other)
+    check_report(report, tmp_path)
+
+
+def test_uniform(config, tmp_path):
+  """Learns from a teacher too, which is not tied to a search."""
+  config = config_lib.change(
+    config,
+    method='uniform',
+    uniform_bits=(3, 4),
+    float={'epochs': 0},
+    finetune={'distill': 0.5, 'temperature': 2.0},
+  )
+  seen, ready = [], []
+
+  def progress(phase, step, steps, metrics):
+    assert np.isfinite(metrics['loss'])
+    seen.append((phase, step, steps))
+
+  report = experiment.run(
+    config, tmp_path, progress, ready=lambda: ready.append(len(seen))
+  )
+  check_report(report, tmp_path)
+  assert ready == [0]  # once, before the first step
+  assert report['macs'] == report['float_macs']
+  bits = [(row['weight_bits'], row['act_bits']) for row in report['layers']]
+  assert bits == [(3, 8), (3, 4)]  # images keep their 8 bits
+  assert report['accuracy'] > 0.8
+  # The search's epochs go to the finetuning, so that methods compare.
+  assert seen[-1] == ('finetune', 3 * (40 + 10), 3 * (40 + 10))
+  assert len(seen) == len(report['history'])
+
+
+def test_without_training_and_budget(config, tmp_path):
+  config = untrained(config, budget=0.0)
+  report = experiment.run(config, tmp_path)
+  check_report(report, tmp_path)
+  assert report['history'] == []
+  assert report['budget'] is None
+  assert report['macs'] == report['float_macs']
+  assert {row['weight_bits'] for row in report['layers']} == {8}
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'method': 'djqp'}, "unknown method 'djqp'; there are djpq, two_stage,"),
+    ({'budget': 1e-6}, 'cannot be reached: .* are left; raise the budget'),
+    ({'budget': 1.0}, 'budget is a fraction of the float32 BOPs'),
+    ({'budget': -0.1}, 'budget is a fraction of the float32 BOPs'),
+    ({'budget': float('nan')}, 'budget is a fraction of the float32 BOPs'),
+    ({'method': 'two_stage', 'budget': 0}, 'two_stage needs a budget'),
+    ({'method': 'two_stage', 'two_stage_macs': 1}, 'needs a budget, and two'),
+    ({'bit_choices': (3,)}, 'none of the allowed bits .3,. is within'),
+    ({'bit_choices': (3,), 'budget': 0}, 'none of the allowed bits'),
+    ({'rules': [{'pattern': 'conv9'}]}, 'match no layer: conv9; the layers'),
+    ({'rules': [{'patern': '*'}]}, "has no field 'patern'"),
+    (
+      {'rules': [{'pattern': '*', 'act_bits': (0, 9)}]},
+      r"act_bits of the rule for '\*' must be",
+    ),
+    ({'finetune': {'optimizer': {'name': 'adem'}}}, "must be 'adam' or 'sgd'"),
+    (
+      {'search': {'optimizer': {'learning_rate': 0.0}}},
+      'learning_rate must be positive',
+    ),
+    ({'data': {'name': 'tini'}}, "no data source 'tini'; did you mean 'tiny'"),
+    ({'data': {'name': 'digits'}}, r'\(4, 4, 1\), but digits has \(8, 8, 1\)'),
+    ({'model': {'name': 'tinny'}}, "no model 'tinny'; did you mean 'tiny'"),
+    ({'model': {'kwargs': {'a': 1}}}, "tiny takes no argument 'a'"),
+    ({'batch_size': 97}, r'batch_size must be in 1\.\.96'),
+    ({'batch_size': 0}, r'batch_size must be in 1\.\.96'),
+    ({'augment': {'shift': -1}}, 'shift must be >= 0'),
+    ({'seed': -1}, 'seed must be >= 0'),
+  ],
+  ids=lambda value: str(value)[:40] if isinstance(value, dict) else '',
+)
+def test_what_cannot_work_is_said_first(config, tmp_path, fields, message):
+  """Before any training, and before the workdir is touched."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train, 'jit_step', None)
+    with pytest.raises(ValueError, match=message) as info:
+      experiment.run(
+        config_lib.change(config, **fields),
+        tmp_path / 'run',
+        ready=lambda: (tmp_path / 'run').mkdir(),
+      )
+  assert '\n' not in str(info.value)
+  assert not (tmp_path / 'run').exists()
