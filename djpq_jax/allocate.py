@@ -185,6 +185,19 @@ class _Rounder:
     """Relative BOPs of a plan."""
     return self.counts.relative_bops(plan)
 
+  def without_worst(self, plan: compress.Plan) -> compress.Plan | None:
+    """The plan without the least of its open channels; None if it has none."""
+    found = self.found.log_alpha
+    worst = []
+    for name, mask in plan.open.items():
+      fewer = self.top(name, int(mask.sum()) - self.groups[name].align)
+      if fewer.sum() < mask.sum():
+        worst.append((found[name][mask & ~fewer].max(), name, fewer))
+    if not worst:
+      return None
+    _, name, fewer = min(worst, key=lambda item: item[0])
+    return dataclasses.replace(plan, open=dict(plan.open) | {name: fewer})
+
   def next_changes(self, plan: compress.Plan):
     """Single changes upward: yields (slack at which it would come, plan)."""
     for (kind, path), allowed in self.allowed.items():
@@ -275,6 +288,17 @@ def _fill(rounder: _Rounder, plan: compress.Plan, budget: float):
       if rounder.bops(changed) <= budget
     ]
     if not fitting:
-      break
+      return _trade(rounder, plan, budget)
     plan = min(fitting, key=lambda pair: pair[0])[1]
+  return plan
+
+
+def _trade(rounder: _Rounder, plan: compress.Plan, budget: float):
+  """Pays for a change that is too large alone by closing the worst channels."""
+  changes = sorted(rounder.next_changes(plan), key=lambda pair: pair[0])
+  for _, changed in changes:
+    while changed and rounder.bops(changed) > budget:
+      changed = rounder.without_worst(changed)
+    if changed and rounder.bops(changed) > rounder.bops(plan):
+      return changed
   return plan

@@ -4,7 +4,7 @@ Flax layers that multiply and accumulate call `promote_dtype` on
 `(inputs, kernel, bias)` right before they do; `Operands` takes that place,
 gates and quantizes the input, and quantizes the kernel.  The gates belong to
 channel groups, not to layers, so `Compressed` draws them once per call and
-hands them to the hooks through `scope`.
+hands each hook its own.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,6 +35,10 @@ class GateParam(nnx.Param):
 
 class GateMean(nnx.Param):
   """The mean of a group's gates: a scale per channel, learned like a weight."""
+
+
+class GateValue(nnx.Variable):
+  """The gates of a layer's input during one call, [1 or B, channels]."""
 
 
 class IntegerParam(nnx.Variable):
@@ -248,20 +252,8 @@ def sample(gates: Sequence[Gate], key, batch: int) -> list[jax.Array]:
   return jnp.split(z, ends[:-1], axis=1)
 
 
-_gates: contextvars.ContextVar[Sequence[jax.Array] | None]
-_gates = contextvars.ContextVar('djpq_gates', default=None)
 _taps: contextvars.ContextVar[dict | None]
 _taps = contextvars.ContextVar('djpq_taps', default=None)
-
-
-@contextlib.contextmanager
-def scope(gates: Sequence[jax.Array]):
-  """Within it, the hooks of one model call find these gate values."""
-  token = _gates.set(gates)
-  try:
-    yield
-  finally:
-    _gates.reset(token)
 
 
 @contextlib.contextmanager
@@ -330,6 +322,7 @@ class Operands(nnx.Module):
     self.gate = gate
     self.feature_axis = feature_axis
     self.promote = promote
+    self.values: Any = nnx.data(None)  # set in a view for the time of a call
 
   def __call__(self, operands, **kwargs):
     """Returns the gated, quantized and promoted (inputs, kernel, bias)."""
@@ -345,15 +338,14 @@ class Operands(nnx.Module):
     return self.promote((inputs, kernel, bias), **kwargs)
 
   def _gated(self, inputs):
-    gates = _gates.get()
     if self.gate is None:
       return inputs
-    if gates is None:
+    if self.values is None:
       raise RuntimeError(
         f'layer {self.name} was called outside of its Compressed model, so '
         'its gates are missing; call the Compressed model instead'
       )
-    z = self.gate.pick(gates)
+    z = self.values[...]
     if z.shape[0] not in (1, inputs.shape[0]):
       # A batch of examples folded with another axis, as in [B * T, C].
       z = jnp.repeat(z, inputs.shape[0] // z.shape[0], axis=0)

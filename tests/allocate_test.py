@@ -100,7 +100,6 @@ def test_only_allowed_bits_and_still_on_budget(name, choices):
     assert_within(net, plan)
 
 
-@pytest.mark.xfail(reason='bits that do not fit are not paid with channels')
 @pytest.mark.parametrize(
   ('budget', 'choices'), [(0.03, (2, 4, 8)), (0.055, (2, 4, 8)), (0.055, None)]
 )

@@ -465,7 +465,6 @@ def test_a_closed_channel_does_not_matter_and_an_open_one_does():
 
 
 @standard_promotion
-@pytest.mark.xfail(reason='gates are constants to functions inside of a model')
 @pytest.mark.parametrize('transform', [nnx.jit, nnx.remat])
 def test_gates_reach_through_transformed_methods(transform):
   @transform
@@ -705,13 +704,7 @@ def test_the_clip_has_the_least_squared_error(bits):
   ('name', 'pruned'),
   [
     ('transposed_kernel', False),
-    pytest.param(
-      'inverted_residual',
-      True,
-      marks=pytest.mark.xfail(
-        raises=ValueError, reason='freeze leaves the grids of cut channels'
-      ),
-    ),
+    ('inverted_residual', True),
   ],
 )
 def test_grids_per_channel_are_fitted_and_go_with_their_channels(name, pruned):

@@ -3,6 +3,7 @@
 import dataclasses
 
 from flax import nnx
+import jax.numpy as jnp
 import numpy as np
 
 from djpq_jax import graph as graph_lib
@@ -39,6 +40,9 @@ def freeze(
     gates.append(layers.Gate(int(mask.sum()), scale=scale, noisy=False))
   frozen = wrapped.Compressed(inner, gates, structure)
   found = {path: operands for path, _, operands in wrapped.hooks(frozen)}
+  masks = structure_lib.open_masks(structure)
+  for path, operands in found.items():
+    _cut_grids(operands.weight, structure.graph.layers[path], masks)
   attach.attach_operands(
     inner, structure, lambda p: found[p].weight, lambda p: found[p].act
   )
@@ -53,6 +57,17 @@ def freeze(
       _fixed(operands.act, plan.act_bits[path], *inputs[path])
     )
   return frozen
+
+
+def _cut_grids(quantizer: layers.Quantizer | None, layer, masks) -> None:
+  """Drops the grids of removed output channels, where each has its own."""
+  if quantizer is None or not quantizer.log_clip.ndim:
+    return
+  channels = zip(layer.out_group, layer.out_channel)
+  kept = np.flatnonzero([g < 0 or masks[g][c] for g, c in channels])
+  for param in (quantizer.log_clip, quantizer.log_step):
+    assert param is not None  # nothing is fixed before it is cut
+    param.set_value(jnp.take(param[...], kept, axis=layer.out_axis))
 
 
 def _fixed(quantizer, bits: int, *tensors) -> layers.Quantizer:

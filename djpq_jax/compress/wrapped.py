@@ -37,8 +37,12 @@ class Compressed(nnx.Module):
     else:
       batch = jax.tree.leaves(args)[0].shape[0]
       values = layers.sample(self.gates, gate_key, batch)
-    with layers.scope(values):
-      return self.model(*args, **kwargs)
+    # Variables of a view, so that a jit or remat inside of the model sees them.
+    model = nnx.view(self.model, raise_if_not_found=False)
+    for _, module in nnx.iter_modules(model):
+      if isinstance(module, layers.Operands) and module.gate is not None:
+        module.values = layers.GateValue(module.gate.pick(values))
+    return model(*args, **kwargs)
 
 
 class Hook(NamedTuple):
