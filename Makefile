@@ -31,11 +31,11 @@ demo: .venv/.demo-installed
 	  --overwrite
 
 test: lint
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 	@if [ -n '$(TREE_MODE_TESTS)' ]; then \
 	  echo 'Again, with the trees of flax.nnx instead of its graphs:'; \
 	  NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false \
-	  $(BIN)/python -m pytest -q -n 2 -m "not slow" $(TREE_MODE_TESTS); fi
+	  $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" $(TREE_MODE_TESTS); fi
 
 lint: .venv/.dev-installed
 	$(BIN)/ruff check .

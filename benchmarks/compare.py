@@ -66,13 +66,17 @@ def one(config, model, float_accuracy) -> dict:
   return kept | {'seconds': round(time.monotonic() - start, 1)}
 
 
+def commit() -> str:
+  """The state of the code."""
+  git = ['git', 'describe', '--always', '--dirty', '--exclude=*']
+  done = subprocess.run(git, capture_output=True, text=True, check=False)
+  return done.stdout.strip()
+
+
 def environment() -> dict:
   """What made the figures."""
-  git = ['git', 'describe', '--always', '--dirty', '--exclude=*']
-  commit = subprocess.run(git, capture_output=True, text=True, check=False)
   return {
     'command': ' '.join(['python', *sys.argv]),
-    'commit': commit.stdout.strip(),
     'machine': f'{platform.machine()}, {os.cpu_count()} cores',
     'device': jax.devices()[0].device_kind,
     'versions': {
@@ -130,7 +134,7 @@ def main():
       if (name, seed) in done:
         continue
       changed = config_lib.change(config, **rows[name])
-      run = {'contestant': name, 'seed': seed}
+      run = {'contestant': name, 'seed': seed, 'commit': commit()}
       try:
         run |= one(changed, model, accuracy)
       except ValueError as error:  # as a budget that bits alone cannot reach

@@ -1,9 +1,10 @@
 """Writes the tables of README.md from benchmarks/results, never by hand.
 
-    python benchmarks/tables.py [--check]
+    python benchmarks/tables.py [--check] [--demo runs/digits]
 
 A block between `<!-- table NAME -->` and `<!-- end -->` is replaced by what its
-result file says; `--check` only tells whether the README is up to date.
+result file says; `--check` only tells whether the README is up to date, and
+`--demo` first records a finished demo, its picture too.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import io
 import json
 import pathlib
 import re
+import shutil
 import sys
 
 import compare
@@ -33,14 +35,31 @@ def demo() -> str:
   return '```text\n' + '\n'.join(lines).strip('\n') + '\n```\n'
 
 
+def record(workdir: pathlib.Path) -> None:
+  """Keeps a finished demo as the one that the README shows."""
+  found = report.read(workdir)
+  del found['history']  # the pictures have it
+  environment = compare.environment() | {'command': 'make demo'}
+  result = {
+    'environment': environment,
+    'commit': compare.commit(),
+    'report': found,
+  }
+  (RESULTS / 'demo.json').write_text(json.dumps(result, indent=1) + '\n')
+  picture = ROOT / 'docs' / 'images' / 'digits_layers.png'
+  picture.parent.mkdir(parents=True, exist_ok=True)
+  shutil.copyfile(workdir / 'layers.png', picture)
+
+
 def comparison(name: str) -> str:
   """A table of contestants, and how to make it again."""
   found = json.loads((RESULTS / f'{name}.json').read_text())
   made = found['environment']
   versions = ', '.join(f'{k} {v}' for k, v in made['versions'].items())
+  commits = ', '.join(sorted({run['commit'] for run in found['runs']}))
   return (
     f'{compare.table(found["runs"])}\n\n'
-    f'`{made["command"]}`, commit {made["commit"]}, {made["machine"]}, '
+    f'`{made["command"]}`, commit {commits}, {made["machine"]}, '
     f'{versions}.\n'
   )
 
@@ -53,7 +72,10 @@ def text(name: str) -> str:
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--check', action='store_true')
+  parser.add_argument('--demo', type=pathlib.Path, metavar='WORKDIR')
   args = parser.parse_args()
+  if args.demo:
+    record(args.demo)
   path = ROOT / 'README.md'
   before = path.read_text()
   after = BLOCK.sub(lambda m: f'{m[1]}{text(m[2])}{m[3]}', before)
