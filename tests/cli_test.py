@@ -100,7 +100,7 @@ def test_model_learned_on_budget(finished):
   assert report['float_accuracy'] > 0.9
   assert report['accuracy'] > 0.9
   # So few channels come in large steps, or it would be within 5 %.
-  assert 0.85 * 0.02 <= report['relative_bops'] <= 0.02
+  assert 0.95 * 0.02 <= report['relative_bops'] <= 0.02
   assert report['float_macs'] == 16 * 9 * 6 + 96 * 3
   assert report['float_bops'] == 1024 * report['float_macs']
   assert report['bops'] == sum(row['bops'] for row in report['layers'])
