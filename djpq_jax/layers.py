@@ -217,8 +217,9 @@ class Gate(nnx.Module):
     A sigmoid of log alpha is flat where a gate begins (its slope at 9 is
     1e-4), so a cost could never reach an open gate.  The value here is the
     hard mask; the derivative is that of softplus(log alpha), the gate's
-    information in nats up to a factor of 2, scaled such that the way from a
-    new gate to a closed one adds up to one channel.  It reaches the variance
+    information in nats up to a factor of 2, times the group's open share: half
+    a channel per e-fold where a gate closes, so that channels are weighed
+    against bits before the bits are used up.  It reaches the variance
     alone: shrinking the mean would take the signal away where noise only asks
     how much of it is needed, and a network can die of it.  Our choice.
     """
@@ -228,7 +229,9 @@ class Gate(nnx.Module):
     assert self.log_sigma2 is not None
     mu = jax.lax.stop_gradient(self.mu[...])
     log_alpha = gate.log_alpha(mu, self.log_sigma2[...])
-    soft = jax.nn.softplus(log_alpha) / OPEN_LOG_ALPHA
+    # Widths multiply in the cost, so where one group shrinks its neighbours
+    # become free; the share that is open keeps a small group from running away.
+    soft = jnp.mean(hard) * jax.nn.softplus(log_alpha)
     return hard + (soft - jax.lax.stop_gradient(soft))
 
   def mean(self):
