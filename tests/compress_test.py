@@ -533,7 +533,8 @@ def test_usage_is_differentiable_and_a_gate_counts_where_it_is_made_and_read():
     return cost.bops(compress.usage(nnx.merge(graphdef, state)))
 
   grads = jax.jit(jax.grad(bops))(nnx.as_pure(state))
-  slope = 1 / (1 + np.exp(np.linspace(-8, 8, 8))) / layers.OPEN_LOG_ALPHA / 8
+  # The mean over eight channels, of which four are open.
+  slope = 0.5 / (1 + np.exp(np.linspace(-8, 8, 8))) / 8
   want = -slope * 64 * (CHAIN_MACS[0] + CHAIN_MACS[1] / 3)
   np.testing.assert_allclose(grads['gates'][0]['log_sigma2'], want, rtol=1e-4)
 
