@@ -1,4 +1,7 @@
-"""DJPQ on ResNet-20 / CIFAR-10, from a trained float model (91.73 %).
+"""DJPQ on ResNet-20 / CIFAR-10, from a trained float model.
+
+Not run to its end yet: the rates are a first guess and there is no expected
+number.  91.73 % is the published accuracy of the float weights.
 
 Command: djpq train --config configs/resnet20_cifar10.py \
              --set data.dir=DATA --set model.weights=resnet20-12fca82f.th \
