@@ -37,7 +37,7 @@ TABLE = (
   Row('cost', '', 'jax'),
   Row('config', '', 'ml_collections'),
   Row('data', '', 'jax numpy grain sklearn tensorflow_datasets'),
-  Row('models', '', 'jax numpy flax.nnx'),
+  Row('models', '', 'jax numpy flax.nnx safetensors'),
   Row('parallel', '', 'jax numpy flax.nnx'),
   Row('graph', '', 'jax numpy flax.nnx'),
   Row('layers', 'ops cost', 'jax numpy flax.nnx'),
@@ -55,9 +55,11 @@ TABLE = (
   Row('report', 'harden integer cost', 'numpy rich matplotlib jinja2'),
   # A model at rest, on data.
   Row('evaluation', 'compress data', 'jax numpy flax.nnx'),
-  Row('train', 'ABOVE', 'jax numpy optax flax.nnx chex'),
+  Row('train', 'ABOVE', 'jax numpy optax flax.nnx chex orbax'),
   # One experiment, from a config to a report: composition and nothing else.
   Row('experiment', 'ABOVE', 'jax numpy optax flax.nnx ml_collections'),
+  # The folder of an experiment, and the signals that stop one.
+  Row('workdir interruption', '', ''),
   Row('cli', 'ABOVE', 'jax numpy flax.nnx ml_collections rich'),
 )
 

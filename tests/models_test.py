@@ -30,7 +30,20 @@ SMALL = {
   'vgg7': dict(channels=(4, 8), hidden=8, input_shape=(8, 8, 3)),
   'resnet20': dict(input_shape=(8, 8, 3)),
   'resnet56': dict(input_shape=(4, 4, 1)),
+  'resnet32': dict(input_shape=(4, 4, 1)),
+  'resnet44': dict(input_shape=(4, 4, 1)),
   'cifar_resnet': dict(depth=8, input_shape=(8, 8, 3)),
+  'resnet18': dict(input_shape=(32, 32, 3)),
+  'resnet34': dict(input_shape=(32, 64, 3)),
+  'resnet50': dict(input_shape=(32, 32, 1)),
+  'vgg11': dict(input_shape=(32, 32, 3), batch_norm=True),
+  'vgg16': dict(input_shape=(32, 32, 3)),
+  'mobilenet_v2': dict(width=0.25, input_shape=(32, 32, 3)),
+  'efficientnet_lite0': dict(input_shape=(32, 32, 3)),
+  'vit_s16': dict(input_shape=(32, 48, 3)),
+  'vision_transformer': dict(
+    patch=4, width=8, depth=2, heads=2, hidden=12, input_shape=(8, 12, 1)
+  ),
 }
 
 
@@ -124,6 +137,8 @@ class CostTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ('resnet20', 269_722),
+    ('resnet32', 464_154),
+    ('resnet44', 658_586),
     ('resnet56', 853_018),
     ('lenet5', 800 + 32 + 51_200 + 64 + 3136 * 512 + 512 + 5130),
     ('digits_cnn', 9 * (32 + 32**2 + 32 * 64 + 64**2) + 2 * 192 + 10_250),
@@ -149,6 +164,8 @@ class CallTest(parameterized.TestCase):
     ('digits_cnn', (8, 8, 1)),
     ('lenet5', (28, 28, 1)),
     ('resnet20', (32, 32, 3)),
+    ('resnet32', (32, 32, 3)),
+    ('resnet44', (32, 32, 3)),
     ('resnet56', (32, 32, 3)),
     ('cifar_resnet', (32, 32, 3)),
     ('vgg7', (32, 32, 3)),
@@ -254,7 +271,7 @@ class CreateTest(parameterized.TestCase):
     self.assertFalse(np.array_equal(a.linear.kernel[...], c.linear.kernel[...]))
 
   @parameterized.parameters(
-    ('resnet21', {}, "no model 'resnet21'; did you mean 'resnet20'.*vgg7"),
+    ('resnet21', {}, "no model 'resnet21'; did you mean 'resnet.*vgg7"),
     ('?', {}, "no model '\\?'; known: cifar_resnet, .*vgg7"),
     ('vgg7', dict(hiden=3), "no argument 'hiden'; did you mean 'hidden'"),
     ('lenet5', dict(rngs=3), "no argument 'rngs'"),

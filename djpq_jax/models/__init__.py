@@ -13,16 +13,31 @@ from typing import Any
 from flax import nnx
 
 from djpq_jax.models import cnn
+from djpq_jax.models import efficientnet
+from djpq_jax.models import imagenet_resnet
+from djpq_jax.models import mobilenet
 from djpq_jax.models import resnet
 from djpq_jax.models import vgg
+from djpq_jax.models import vit
 
 MODELS: dict[str, Callable[..., nnx.Module]] = {
   'digits_cnn': cnn.DigitsCNN,
   'lenet5': cnn.LeNet5,
   'vgg7': vgg.VGG7,
+  'vgg11': vgg.vgg11,
+  'vgg16': vgg.vgg16,
   'resnet20': resnet.resnet20,
+  'resnet32': resnet.resnet32,
+  'resnet44': resnet.resnet44,
   'resnet56': resnet.resnet56,
   'cifar_resnet': resnet.CifarResNet,
+  'resnet18': imagenet_resnet.resnet18,
+  'resnet34': imagenet_resnet.resnet34,
+  'resnet50': imagenet_resnet.resnet50,
+  'mobilenet_v2': mobilenet.MobileNetV2,
+  'efficientnet_lite0': efficientnet.EfficientNetLite0,
+  'vit_s16': vit.vit_s16,
+  'vision_transformer': vit.VisionTransformer,
 }
 
 

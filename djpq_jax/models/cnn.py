@@ -1,4 +1,4 @@
-"""Small convolutional networks: one for digits, and LeNet-5."""
+"""Parts that convolutional networks share; two small ones: digits, LeNet-5."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -43,6 +43,50 @@ def flatten(x: jax.Array) -> jax.Array:
   return x.reshape(x.shape[0], -1)
 
 
+def conv(
+  inputs: int,
+  outputs: int,
+  kernel: int,
+  stride: int = 1,
+  *,
+  groups: int = 1,
+  bias: bool = False,
+  padding: Any = None,
+  rngs: nnx.Rngs,
+) -> nnx.Conv:
+  """A square convolution that pads like torch, kernel // 2 on each side.
+
+  Flax's SAME is the same at stride 1, but pads on the right only at stride 2.
+
+  Args:
+    inputs: channels that come in.
+    outputs: channels that go out.
+    kernel: side of the window, odd.
+    stride: in pixels, of both axes.
+    groups: `inputs` makes the convolution depthwise.
+    bias: whether it adds one.
+    padding: what `nnx.Conv` takes, in place of torch's.
+    rngs: needs a `params` stream.
+  """
+  side = (kernel // 2, kernel // 2)
+  return nnx.Conv(
+    inputs,
+    outputs,
+    (kernel, kernel),
+    strides=(stride, stride),
+    padding=(side, side) if padding is None else padding,
+    feature_group_count=groups,
+    use_bias=bias,
+    kernel_init=HE_NORMAL,
+    rngs=rngs,
+  )
+
+
+def batch_norm(channels: int, *, rngs: nnx.Rngs) -> nnx.BatchNorm:
+  """Batch normalization with torch's constants (its momentum 0.1 is 0.9)."""
+  return nnx.BatchNorm(channels, momentum=0.9, epsilon=1e-5, rngs=rngs)
+
+
 class ConvBN(nnx.Module):
   """3x3 convolution without bias, batch normalization, relu."""
 
@@ -56,7 +100,7 @@ class ConvBN(nnx.Module):
       kernel_init=HE_NORMAL,
       rngs=rngs,
     )
-    self.bn = nnx.BatchNorm(out_channels, momentum=0.9, epsilon=1e-5, rngs=rngs)
+    self.bn = batch_norm(out_channels, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, H, W, in_channels] -> [B, H, W, out_channels]."""

@@ -14,24 +14,6 @@ import jax.numpy as jnp
 from djpq_jax.models import cnn
 
 
-def _conv3x3(inputs, outputs, stride, *, rngs):
-  """Pads like torch; flax's SAME differs at stride 2."""
-  return nnx.Conv(
-    inputs,
-    outputs,
-    (3, 3),
-    strides=(stride, stride),
-    padding=((1, 1), (1, 1)),
-    use_bias=False,
-    kernel_init=cnn.HE_NORMAL,
-    rngs=rngs,
-  )
-
-
-def _batch_norm(channels, *, rngs):
-  return nnx.BatchNorm(channels, momentum=0.9, epsilon=1e-5, rngs=rngs)
-
-
 class BasicBlock(nnx.Module):
   """Two 3x3 convolutions and a shortcut without parameters (option A).
 
@@ -43,10 +25,10 @@ class BasicBlock(nnx.Module):
   """
 
   def __init__(self, inputs: int, outputs: int, stride: int, *, rngs: nnx.Rngs):
-    self.conv1 = _conv3x3(inputs, outputs, stride, rngs=rngs)
-    self.bn1 = _batch_norm(outputs, rngs=rngs)
-    self.conv2 = _conv3x3(outputs, outputs, 1, rngs=rngs)
-    self.bn2 = _batch_norm(outputs, rngs=rngs)
+    self.conv1 = cnn.conv(inputs, outputs, 3, stride, rngs=rngs)
+    self.bn1 = cnn.batch_norm(outputs, rngs=rngs)
+    self.conv2 = cnn.conv(outputs, outputs, 3, rngs=rngs)
+    self.bn2 = cnn.batch_norm(outputs, rngs=rngs)
     self.stride = stride
     # A fact of the stream, not of the shapes at hand: were the stream cut on
     # one side only, the sum below must fail instead of pairing wrong channels.
@@ -95,8 +77,8 @@ class CifarResNet(nnx.Module):
       raise ValueError(f'depth must be 6n + 2 with n >= 1; got {depth}')
     self.input_shape = cnn.check_input_shape(input_shape, 4)
     blocks = (depth - 2) // 6
-    self.conv1 = _conv3x3(self.input_shape[2], 16, 1, rngs=rngs)
-    self.bn1 = _batch_norm(16, rngs=rngs)
+    self.conv1 = cnn.conv(self.input_shape[2], 16, 3, rngs=rngs)
+    self.bn1 = cnn.batch_norm(16, rngs=rngs)
     self.layer1 = _stage(blocks, 16, 16, 1, rngs=rngs)
     self.layer2 = _stage(blocks, 16, 32, 2, rngs=rngs)
     self.layer3 = _stage(blocks, 32, 64, 2, rngs=rngs)
@@ -126,6 +108,26 @@ def resnet20(
 ) -> CifarResNet:
   """The CIFAR ResNet of depth 20."""
   return CifarResNet(num_classes, 20, input_shape, rngs=rngs)
+
+
+def resnet32(
+  num_classes: int = 10,
+  input_shape: Sequence[int] = (32, 32, 3),
+  *,
+  rngs: nnx.Rngs,
+) -> CifarResNet:
+  """The CIFAR ResNet of depth 32."""
+  return CifarResNet(num_classes, 32, input_shape, rngs=rngs)
+
+
+def resnet44(
+  num_classes: int = 10,
+  input_shape: Sequence[int] = (32, 32, 3),
+  *,
+  rngs: nnx.Rngs,
+) -> CifarResNet:
+  """The CIFAR ResNet of depth 44."""
+  return CifarResNet(num_classes, 44, input_shape, rngs=rngs)
 
 
 def resnet56(

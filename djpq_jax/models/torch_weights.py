@@ -1,30 +1,23 @@
-"""Reads torch state dicts without torch, and puts them into a model.
+"""Puts the weights of torch checkpoints and safetensors files into a model.
 
-The reader knows ordered dicts, tensors and their storages and refuses all else,
-so a file cannot execute anything.  Both formats of `torch.save` are read: the
-zip archive and the one before it.
+Neither torch nor the code that a file may carry is ever run.
 """
 
-import collections
-from collections.abc import Callable, Mapping
-import io
+from collections.abc import Mapping
 import pathlib
-import pickle
-from typing import Any, NamedTuple
-import zipfile
+from typing import Any
 
 from flax import nnx
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 
-_MAGIC = 0x1950A86A20F9469CFC6C  # of the older format
-_DTYPES = {
-  'FloatStorage': np.float32,
-  'DoubleStorage': np.float64,
-  'HalfStorage': np.float16,
-  'LongStorage': np.int64,
-  'IntStorage': np.int32,
-}
+from djpq_jax.models import torch_files
+from djpq_jax.models import torch_names
+
+WeightsError = torch_files.WeightsError
+
+# Variables of layers and norms, by torch's names.
 _NAMES = {
   'kernel': 'weight',
   'scale': 'weight',
@@ -34,53 +27,13 @@ _NAMES = {
 }
 
 
-class WeightsError(ValueError):
-  """A weights file cannot be used; the message says why."""
-
-
-class _Storage(NamedTuple):
-  kind: str
-  key: str
-
-
-class _Tensor(NamedTuple):
-  storage: _Storage
-  offset: int
-  size: tuple[int, ...]
-  stride: tuple[int, ...]
-
-
-class _Unpickler(pickle.Unpickler):
-  """Builds descriptions of tensors; any other object is an error."""
-
-  def find_class(self, module, name):
-    if (module, name) == ('collections', 'OrderedDict'):
-      return collections.OrderedDict
-    if module == 'torch._utils' and name in (
-      '_rebuild_tensor',
-      '_rebuild_tensor_v2',
-    ):
-      return lambda storage, offset, size, stride, *_: _Tensor(
-        storage, offset, tuple(size), tuple(stride)
-      )
-    if (module, name) == ('torch._utils', '_rebuild_parameter'):
-      return lambda tensor, *_: tensor
-    if module == 'torch' and name in _DTYPES:
-      return name
-    raise WeightsError(f'it holds {module}.{name}, which is no weight')
-
-  def persistent_load(self, pid):
-    if pid[0] != 'storage':
-      raise WeightsError(f'it holds {pid[0]!r}, which is no weight')
-    return _Storage(pid[1], str(pid[2]))
-
-
 def read_state_dict(path) -> dict[str, np.ndarray]:
-  """Reads the tensors of a file that `torch.save` wrote.
+  """Reads the tensors of a file of `torch.save` or safetensors.
 
   Args:
-    path: of a state dict, or of a checkpoint with one under 'state_dict'.
-      A leading 'module.' of all names, which data parallelism leaves, goes.
+    path: of a state dict, or of a checkpoint with one under 'state_dict' or
+      'model'.  A leading 'module.' of all names, which data parallelism
+      leaves, goes.
 
   Returns:
     Name -> array, as in the file (convolutions OIHW).
@@ -91,74 +44,29 @@ def read_state_dict(path) -> dict[str, np.ndarray]:
   """
   path = pathlib.Path(path)
   raw = path.read_bytes()
+  safe = path.suffix == '.safetensors'
+  kind = 'safetensors file' if safe else 'torch state dict'
   try:
-    read = _read_zip if zipfile.is_zipfile(io.BytesIO(raw)) else _read_old
-    found, storages = read(raw)
-    found = found.get('state_dict', found)
-    tensors = {k: v for k, v in found.items() if isinstance(v, _Tensor)}
-    arrays = {k: _array(v, storages) for k, v in tensors.items()}
+    arrays = safetensors.numpy.load(raw) if safe else torch_files.read(raw)
   except WeightsError as error:
     raise WeightsError(f'{path} cannot be read: {error}') from None
   except Exception as error:
     raise WeightsError(
-      f'{path} is damaged or no torch state dict ({type(error).__name__}: '
-      f'{error})'
+      f'{path} is damaged or no {kind} ({type(error).__name__}: {error})'
     ) from error
-  if arrays and all(k.startswith('module.') for k in arrays):
+  if not arrays:
+    raise WeightsError(f'{path} holds no tensors')
+  if all(k.startswith('module.') for k in arrays):
     arrays = {k.removeprefix('module.'): v for k, v in arrays.items()}
   return arrays
 
 
-def _read_zip(raw: bytes):
-  archive = zipfile.ZipFile(io.BytesIO(raw))
-  (index,) = (n for n in archive.namelist() if n.endswith('/data.pkl'))
-  folder = index.removesuffix('data.pkl')
-  found = _Unpickler(io.BytesIO(archive.read(index))).load()
-  return found, lambda storage: archive.read(f'{folder}data/{storage.key}')
-
-
-def _read_old(raw: bytes):
-  file = io.BytesIO(raw)
-  if _Unpickler(file).load() != _MAGIC:
-    raise WeightsError('it does not begin like a torch file')
-  for _ in range(2):  # protocol version, system information
-    _Unpickler(file).load()
-  found = _Unpickler(file).load()
-  keys = _Unpickler(file).load()
-  tensors = found.get('state_dict', found).values()
-  kinds = {t.storage.key: t.storage.kind for t in tensors if _is_tensor(t)}
-  storages = {}
-  for key in map(str, keys):
-    count = int.from_bytes(file.read(8), 'little')
-    storages[key] = file.read(count * np.dtype(_DTYPES[kinds[key]]).itemsize)
-  return found, lambda storage: storages[storage.key]
-
-
-def _is_tensor(value) -> bool:
-  return isinstance(value, _Tensor)
-
-
-def _array(tensor: _Tensor, storages: Callable[[_Storage], bytes]):
-  dtype = np.dtype(_DTYPES[tensor.storage.kind])
-  flat = np.frombuffer(storages(tensor.storage), dtype)
-  # Strides come from the file: they must not reach outside of the storage.
-  last = tensor.offset + sum(
-    (n - 1) * s for n, s in zip(tensor.size, tensor.stride, strict=True)
-  )
-  inside = tensor.offset >= 0 and min(tensor.stride, default=0) >= 0
-  if 0 in tensor.size or not inside or last >= len(flat):
-    raise WeightsError('a tensor reaches outside of its data')
-  strides = [s * dtype.itemsize for s in tensor.stride]
-  view = np.lib.stride_tricks.as_strided(
-    flat[tensor.offset :], tensor.size, strides
-  )
-  return view.copy()
-
-
 def assign(model, arrays: Mapping[str, np.ndarray]) -> None:
-  """Puts torch tensors into a model whose attributes have torch's names.
+  """Puts torch tensors into a model.
 
-  Convolutions are transposed from OIHW to HWIO, linear layers from [out, in].
+  They are found under the names of `torch_names`, or else under the model's
+  own attributes.  Convolutions are transposed from OIHW to HWIO, linear layers
+  from [out, in].
 
   Args:
     model: an nnx model, changed in place.
@@ -168,26 +76,46 @@ def assign(model, arrays: Mapping[str, np.ndarray]) -> None:
     WeightsError: a tensor is missing, of another shape, or left over; it is
       named, and the model is as before.
   """
+  sources = torch_names.sources(model)
   left = {k for k in arrays if not k.endswith('num_batches_tracked')}
   values: list[tuple[Any, np.ndarray]] = []
-  for path, variable in nnx.to_flat_state(nnx.state(model)):
-    if path[-1] not in _NAMES:
-      continue
-    name = '.'.join([*map(str, path[:-1]), _NAMES[path[-1]]])
+  kinds = (nnx.Param, nnx.BatchStat)
+  for path, variable in nnx.to_flat_state(nnx.state(model, kinds)):
+    name, part = _source(sources, path)
     if name not in arrays:
       raise WeightsError(f'the weights lack {name}')
-    value = _transposed(arrays[name])
-    if value.shape != variable.shape:
-      raise WeightsError(
-        f'{name} has shape {arrays[name].shape}, the model needs '
-        f'{variable.shape} (transposed)'
-      )
+    value = _fitted(name, arrays[name], part, variable.shape)
     left.discard(name)
     values.append((variable, value))
   if left:
     raise WeightsError(f'the model has no place for {sorted(left)[0]}')
   for variable, value in values:
     variable.set_value(jnp.asarray(value, variable.dtype))
+
+
+def _source(sources, path):
+  """Torch's name of a variable, and what to take of it."""
+  *module, leaf = map(str, path)
+  whole = '/'.join([*module, leaf])
+  if whole in sources:  # a lone parameter
+    return sources[whole]
+  found = sources.get('/'.join(module), torch_names.Source('.'.join(module)))
+  names = [found.name] if found.name else []
+  return '.'.join([*names, _NAMES.get(leaf, leaf)]), found.part
+
+
+def _fitted(name, array, part, shape) -> np.ndarray:
+  """Torch's tensor in the model's order of axes, if it fits."""
+  try:
+    value = _transposed(part(array))
+  except ValueError:  # from a part: it does not even divide
+    value = None
+  if value is None or value.shape != shape:
+    moved = '' if value is None else f', {value.shape} in the order used here'
+    raise WeightsError(
+      f'{name} has shape {array.shape}{moved}; the model needs {shape}'
+    )
+  return value
 
 
 def _transposed(value: np.ndarray) -> np.ndarray:

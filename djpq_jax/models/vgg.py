@@ -1,11 +1,23 @@
-"""VGG7 for 32x32 images, a first benchmark of the literature."""
+"""VGG: seven layers for 32x32 images, and the ImageNet networks.
+
+VGG7 is the quantization literature's own; torchvision has no such network.
+"""
 
 from collections.abc import Sequence
+import math
 
 from flax import nnx
 import jax
 
 from djpq_jax.models import cnn
+
+# Outputs of the convolutions between two pools  [Simonyan and Zisserman 2014].
+_VGG11 = ((64,), (128,), (256, 256), (512, 512), (512, 512))
+_VGG16 = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
+
+
+def _linear(inputs, outputs, *, rngs):
+  return nnx.Linear(inputs, outputs, kernel_init=cnn.HE_NORMAL, rngs=rngs)
 
 
 class VGG7(nnx.Module):
@@ -41,12 +53,8 @@ class VGG7(nnx.Module):
       blocks.append(cnn.ConvBN(outputs, outputs, rngs=rngs))
       inputs = outputs
     self.blocks = nnx.List(blocks)
-    self.fc1 = nnx.Linear(
-      height // shrink * (width // shrink) * inputs,
-      hidden,
-      kernel_init=cnn.HE_NORMAL,
-      rngs=rngs,
-    )
+    features = height // shrink * (width // shrink) * inputs
+    self.fc1 = _linear(features, hidden, rngs=rngs)
     self.fc2 = nnx.Linear(hidden, num_classes, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -56,3 +64,101 @@ class VGG7(nnx.Module):
       if i % 2:
         x = cnn.max_pool_2x2(x)
     return self.fc2(nnx.relu(self.fc1(cnn.flatten(x))))
+
+
+class Convolution(nnx.Module):
+  """3x3 convolution with bias, batch normalization if wanted, relu.
+
+  Args:
+    inputs: channels that come in.
+    outputs: channels that go out.
+    batch_norm: whether a norm follows the convolution.
+    rngs: needs a `params` stream.
+  """
+
+  def __init__(
+    self, inputs: int, outputs: int, batch_norm: bool, *, rngs: nnx.Rngs
+  ):
+    self.conv = cnn.conv(inputs, outputs, 3, bias=True, rngs=rngs)
+    self.bn = cnn.batch_norm(outputs, rngs=rngs) if batch_norm else None
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[B, H, W, inputs] -> [B, H, W, outputs]."""
+    x = self.conv(x)
+    return nnx.relu(x if self.bn is None else self.bn(x))
+
+
+class VGG(nnx.Module):
+  """Stages of 3x3 convolutions and a pool, then three linear layers.
+
+  Torchvision's VGG without dropout; VGG16 has 15.47026 GMACs at 224x224x3 and
+  1000 classes.
+
+  Args:
+    stages: outputs of the convolutions before each pool.
+    num_classes: length of the logits.
+    input_shape: (height, width, channels) of one image; height and width
+      multiples of 2 to the power `len(stages)`.
+    batch_norm: the variant with batch normalization (torchvision's `_bn`).
+    hidden: width of the first two linear layers.
+    rngs: needs a `params` stream.
+  """
+
+  def __init__(
+    self,
+    stages: Sequence[Sequence[int]],
+    num_classes: int = 1000,
+    input_shape: Sequence[int] = (224, 224, 3),
+    batch_norm: bool = False,
+    hidden: int = 4096,
+    *,
+    rngs: nnx.Rngs,
+  ):
+    shrink = 2 ** len(stages)
+    self.input_shape = cnn.check_input_shape(input_shape, shrink)
+    height, width, inputs = self.input_shape
+    made = []
+    for stage in stages:
+      blocks = []
+      for outputs in stage:
+        blocks.append(Convolution(inputs, outputs, batch_norm, rngs=rngs))
+        inputs = outputs
+      made.append(nnx.List(blocks))
+    self.stages = nnx.List(made)
+    # What the last pool leaves, as torchvision flattens it.
+    self.map_shape = (inputs, height // shrink, width // shrink)
+    features = math.prod(self.map_shape)
+    self.fc1 = _linear(features, hidden, rngs=rngs)
+    self.fc2 = _linear(hidden, hidden, rngs=rngs)
+    self.fc3 = nnx.Linear(hidden, num_classes, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Images [B, H, W, C] -> logits [B, num_classes]."""
+    for stage in self.stages:
+      for block in stage:
+        x = block(x)
+      x = cnn.max_pool_2x2(x)
+    x = nnx.relu(self.fc1(cnn.flatten(x)))
+    return self.fc3(nnx.relu(self.fc2(x)))
+
+
+def vgg11(
+  num_classes: int = 1000,
+  input_shape: Sequence[int] = (224, 224, 3),
+  batch_norm: bool = False,
+  *,
+  rngs: nnx.Rngs,
+) -> VGG:
+  """VGG11: 8 convolutions."""
+  return VGG(_VGG11, num_classes, input_shape, batch_norm, rngs=rngs)
+
+
+def vgg16(
+  num_classes: int = 1000,
+  input_shape: Sequence[int] = (224, 224, 3),
+  batch_norm: bool = False,
+  *,
+  rngs: nnx.Rngs,
+) -> VGG:
+  """VGG16: 13 convolutions."""
+  return VGG(_VGG16, num_classes, input_shape, batch_norm, rngs=rngs)
