@@ -1,4 +1,4 @@
-"""The command line: `djpq train | inspect | evaluate`."""
+"""The command line: `djpq train | inspect | evaluate | data`."""
 
 import argparse
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from djpq_jax import checkpoint
 from djpq_jax import compress
 from djpq_jax import config as config_lib
 from djpq_jax import data
+from djpq_jax import data_cli
 from djpq_jax import evaluation
 from djpq_jax import experiment
 from djpq_jax import harden
@@ -87,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
   command.add_argument('--data-dir', help='where the data set was prepared')
   command.add_argument('--json', action='store_true', help='print JSON')
   command.set_defaults(run=_evaluate)
+
+  data_cli.add_command(commands)
   return parser
 
 

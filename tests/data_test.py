@@ -18,6 +18,7 @@ DIGITS_TEST_LABELS = [0, 4, 2, 7, 7, 9, 1, 9, 0, 9]
 DIGITS_TEST_SHA256 = (
   'e6632efe2668497eccdaf87818cc370a1da0473cec743ecd498369ac8e94a6ef'
 )
+SOURCES = {'digits', 'cifar10', 'synthetic', 'imagenet', 'folder'}
 STREAM = [[8, 4, 3], [6, 2, 1], [0, 5, 7]]
 
 
@@ -146,7 +147,7 @@ class LoadTest(parameterized.TestCase):
 
   def test_absent_cifar10_says_how_to_get_it(self):
     with tempfile.TemporaryDirectory() as folder:
-      message = f'CIFAR-10 is not in {folder!r}.*download_and_prepare'
+      message = f'not in {folder!r}.*djpq data cifar10 --out {folder}'
       with self.assertRaisesRegex(FileNotFoundError, message):
         data.load('cifar10', data_dir=folder)
 
@@ -423,7 +424,7 @@ class PrefetchTest(parameterized.TestCase):
 
 class NamesTest(absltest.TestCase):
   def test_sources_are_listed(self):
-    self.assertEqual(set(sources.SOURCES), {'digits', 'cifar10', 'synthetic'})
+    self.assertEqual(set(sources.SOURCES), SOURCES)
 
 
 if __name__ == '__main__':

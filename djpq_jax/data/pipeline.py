@@ -1,4 +1,4 @@
-"""Batches as a pure function of (seed, step), exact evaluation, prefetch.
+"""Batches as a pure function of (seed, step), exact evaluation.
 
 There is no iterator state: a run that resumes at step k calls
 `train_batch(split, k, ...)` and gets the bits that it would have got.  All
@@ -6,19 +6,15 @@ randomness is raw bits of Philox, which NumPy keeps the same for ever, unlike
 the distributions of its Generator.
 """
 
-from collections.abc import Iterable, Iterator
-import contextlib
+from collections.abc import Iterator
 import dataclasses
 import functools
-import queue
-import threading
-from typing import TypeVar
 
 import numpy as np
 
-from djpq_jax.data import sources
+from djpq_jax.data import geometry
+from djpq_jax.data.split import Split
 
-T = TypeVar('T')
 Batch = dict[str, np.ndarray]
 
 # Independent streams of random bits under one seed.
@@ -27,7 +23,11 @@ _ORDER, _AUGMENT = 0, 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Augment:
-  """Random changes to training images."""
+  """Random changes to training images.
+
+  Images that stay on disk are always cut out at random on top of that; they
+  take no shift.
+  """
 
   shift: int = 0  # pixels; translate by up to this much, zeros come in
   flip: bool = False  # mirror left-right half of the time
@@ -37,7 +37,7 @@ class Augment:
       raise ValueError(f'shift must be >= 0 pixels; got {self.shift}')
 
 
-def steps_per_epoch(split: sources.Split, batch_size: int) -> int:
+def steps_per_epoch(split: Split, batch_size: int) -> int:
   """Full batches in one pass; the images left over wait for another epoch.
 
   Raises:
@@ -52,7 +52,7 @@ def steps_per_epoch(split: sources.Split, batch_size: int) -> int:
 
 
 def train_batch(
-  split: sources.Split,
+  split: Split,
   step: int,
   *,
   batch_size: int,
@@ -77,7 +77,8 @@ def train_batch(
     batch_size / process_count.
 
   Raises:
-    ValueError: a size, index or seed out of range.
+    ValueError: a size, index or seed out of range, or an augmentation that
+      images on disk do not take.
   """
   epoch, position = divmod(step, steps_per_epoch(split, batch_size))
   if step < 0 or seed < 0:
@@ -85,15 +86,17 @@ def train_batch(
   rows = _share(batch_size, process_index, process_count)
   order = _epoch_order(len(split), seed, epoch)
   indices = order[position * batch_size :][:batch_size][rows]
-  images = split.images[indices]
+  words = 3 if _in_memory(split) else geometry.WORDS + 1
+  bits = None
   if augment is not None:
-    bits = _random_bits(seed, _AUGMENT, step).random_raw((3, batch_size))
-    images = _augment(images, augment, bits[:, rows])
-  return dict(image=normalize(images, split), label=split.labels[indices])
+    bits = _random_bits(seed, _AUGMENT, step).random_raw((words, batch_size))
+    bits = bits[:, rows]
+  images = _images(split, indices, augment, bits)
+  return dict(image=images, label=split.labels[indices])
 
 
 def eval_batches(
-  split: sources.Split,
+  split: Split,
   batch_size: int,
   *,
   process_index: int = 0,
@@ -127,29 +130,62 @@ def eval_batches(
   )
 
 
-def normalize(images: np.ndarray, split: sources.Split) -> np.ndarray:
+def normalize(images: np.ndarray, split: Split) -> np.ndarray:
   """(image / 255 if uint8 - mean) / std, as float32 of the same shape."""
-  scale = 255 if images.dtype == np.uint8 else 1
-  factor = 1 / (scale * np.asarray(split.std))
-  offset = np.asarray(split.mean) / np.asarray(split.std)
-  out = images * factor.astype(np.float32)
-  out -= offset.astype(np.float32)
+  out = np.empty(images.shape, np.float32)
+  _normalize(images, split, out)
   return out
 
 
-def prefetch(iterator: Iterable[T], depth: int = 2) -> Iterator[T]:
-  """Prepares up to `depth` items ahead on a background thread.
+def _normalize(images, split, out):
+  """Writes normalized images [..., H, W, C] into `out`."""
+  scale = 255 if images.dtype == np.uint8 else 1
+  factor, offset = _row(
+    scale, tuple(split.mean), tuple(split.std), *images.shape[-2:]
+  )
+  rows = out.reshape(-1, factor.size)
+  np.multiply(images.reshape(rows.shape), factor, out=rows)
+  rows -= offset
 
-  An exception of `iterator` is raised here, after the items before it.  The
-  thread starts with the first item and stops when the iterator is exhausted,
-  closed or dropped.
 
-  Raises:
-    ValueError: `depth` < 1, at the call.
-  """
-  if depth < 1:
-    raise ValueError(f'depth must be >= 1; got {depth}')
-  return _prefetch(iterator, depth)
+@functools.lru_cache(maxsize=16)
+def _row(scale, mean, std, width, channels):
+  """Factor and offset of a whole row: NumPy is slow on axes of 3 channels."""
+  factor = 1 / (scale * np.asarray(std))
+  offset = np.asarray(mean) / np.asarray(std)
+  return tuple(
+    np.tile(np.broadcast_to(x.astype(np.float32), channels), width)
+    for x in (factor, offset)
+  )
+
+
+def _in_memory(split):
+  return isinstance(split.images, np.ndarray)
+
+
+def _images(split, indices, augment=None, bits=None):
+  """Images of some indices, augmented by bits uint64 [., B], normalized."""
+  if _in_memory(split):
+    images = split.images[indices]
+    if augment is not None:
+      images = _augment(images, augment, bits)
+    return normalize(images, split)
+  if augment is not None and augment.shift:
+    raise ValueError(
+      f'{split.name}: images on disk are cropped at random, and take no shift; '
+      f'got {augment.shift} pixels'
+    )
+  crops = mirror = None
+  if augment is not None:
+    crops = bits[:-1].T
+    mirror = (bits[-1] & 1).astype(bool) if augment.flip else None
+  out = np.empty((len(indices), *split.images.shape[1:]), np.float32)
+
+  def finish(i, image):  # On the thread that decoded it, while it is cached.
+    _normalize(image, split, out[i])
+
+  split.images.read(indices, finish, crops, mirror)
+  return out
 
 
 def _share(batch_size, index, count):
@@ -204,8 +240,8 @@ def _translate(images, most, rows, columns):
 
 def _eval_batch(split, start, size):
   """Rows start..start + size; rows past the end are zeros with mask 0."""
-  images = normalize(split.images[start : start + size], split)
   labels = split.labels[start : start + size]
+  images = _images(split, np.arange(start, start + len(labels)))
   mask = np.ones(len(labels), np.float32)
   batch = dict(image=images, label=labels, mask=mask)
   return {k: _fill(v, size) for k, v in batch.items()}
@@ -215,48 +251,3 @@ def _fill(array, size):
   """Appends zeros along the first axis."""
   missing = size - len(array)
   return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
-
-
-@dataclasses.dataclass(frozen=True)
-class _End:
-  """Last thing in the queue; carries the exception, if there was one."""
-
-  error: BaseException | None = None
-
-
-def _prefetch(iterator, depth):
-  items: queue.Queue = queue.Queue(depth)
-  stopped = threading.Event()
-  worker = threading.Thread(
-    target=_produce, args=(iterator, items, stopped), daemon=True
-  )
-  worker.start()
-  try:
-    while not isinstance(item := items.get(), _End):
-      yield item
-    if item.error is not None:
-      raise item.error
-  finally:
-    stopped.set()
-    _drain(items)
-    worker.join()
-
-
-def _produce(iterator, items, stopped):
-  """Runs on the thread: fills the queue until the end or until `stopped`."""
-  end = _End()
-  try:
-    for item in iterator:
-      items.put(item)
-      if stopped.is_set():
-        return
-  except BaseException as error:  # The consumer raises it.
-    end = _End(error)
-  items.put(end)
-
-
-def _drain(items):
-  """Makes room, so that a producer that waits in `put` sees the stop."""
-  with contextlib.suppress(queue.Empty):
-    while True:
-      items.get_nowait()

@@ -1,7 +1,6 @@
-"""Data sets as arrays in memory: digits, CIFAR-10, synthetic."""
+"""Data sets by name: small ones in memory, large ones on disk."""
 
 from collections.abc import Callable
-import dataclasses
 import difflib
 import inspect
 import os
@@ -9,90 +8,8 @@ from typing import Any
 
 import numpy as np
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Split:
-  """Images and labels of one split, checked on construction.
-
-  Raises ValueError, in one sentence that names the split, for anything that
-  would go wrong later.
-  """
-
-  images: np.ndarray  # [N, H, W, C]; uint8 in 0..255, or float32
-  labels: np.ndarray  # [N] int32, 0 <= label < num_classes
-  num_classes: int
-  name: str  # for messages, such as 'cifar10/train'
-  # Per channel, of images scaled to [0, 1]; a batch is (image - mean) / std.
-  mean: tuple[float, ...] = (0.0,)
-  std: tuple[float, ...] = (1.0,)
-
-  def __post_init__(self):
-    _check_images(self.images, self.name)
-    _check_labels(self)
-    _check_constants(self)
-
-  def __len__(self):
-    return len(self.labels)
-
-
-def _check_images(images, name):
-  if not isinstance(images, np.ndarray) or images.ndim != 4:
-    raise ValueError(
-      f'{name}: images must be a NumPy array [N, H, W, C]; '
-      f'got {_describe(images)}'
-    )
-  if images.dtype not in (np.uint8, np.float32):
-    raise ValueError(
-      f'{name}: images must be uint8 or float32; got {images.dtype}'
-    )
-  if images.size == 0:
-    raise ValueError(f'{name}: images are empty, shape {images.shape}')
-  if images.dtype == np.float32:
-    finite = np.isfinite(images).all((1, 2, 3))
-    if not finite.all():
-      raise ValueError(
-        f'{name}: image {int(np.argmin(finite))} has a pixel that is not '
-        f'finite, one of {int((~finite).sum())} such images'
-      )
-
-
-def _check_labels(split):
-  labels, name = split.labels, split.name
-  if not isinstance(labels, np.ndarray) or labels.dtype != np.int32:
-    raise ValueError(
-      f'{name}: labels must be a NumPy array of int32; got {_describe(labels)}'
-    )
-  if labels.shape != split.images.shape[:1]:
-    raise ValueError(
-      f'{name}: labels must have shape {split.images.shape[:1]}, one per '
-      f'image; got {labels.shape}'
-    )
-  bad = (labels < 0) | (labels >= split.num_classes)
-  if bad.any():
-    i = int(np.argmax(bad))
-    raise ValueError(
-      f'{name}: label {labels[i]} at index {i} is outside '
-      f'0..{split.num_classes - 1}'
-    )
-
-
-def _check_constants(split):
-  channels = split.images.shape[-1]
-  for field in ('mean', 'std'):
-    if len(getattr(split, field)) not in (1, channels):
-      raise ValueError(
-        f'{split.name}: {field} must have 1 or {channels} values; '
-        f'got {getattr(split, field)}'
-      )
-  if min(split.std) <= 0:
-    raise ValueError(f'{split.name}: std must be positive; got {split.std}')
-
-
-def _describe(value):
-  """Shape and dtype of an array, or the type of anything else."""
-  if isinstance(value, np.ndarray):
-    return f'shape {value.shape}, {value.dtype}'
-  return type(value).__name__
+from djpq_jax.data import stored
+from djpq_jax.data.split import Split
 
 
 def digits(*, data_dir: str | None = None) -> tuple[Split, Split]:
@@ -144,10 +61,9 @@ def _cifar10_split(tfds, split, data_dir):
     )
   except (AssertionError, FileNotFoundError, NotImplementedError) as error:
     raise FileNotFoundError(
-      f'CIFAR-10 is not in {data_dir!r} in array_record form: pass the '
-      "data_dir that has it, or write it there with tfds.builder('cifar10', "
-      "data_dir=..., file_format='array_record').download_and_prepare(), "
-      'which needs TensorFlow'
+      f'CIFAR-10 is not in {data_dir!r} in array_record form: give the '
+      'data_dir that has it, or put it there with: djpq data cifar10 --out '
+      f'{data_dir}'
     ) from error
   images, labels = _read_all(source)
   mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -201,10 +117,75 @@ def synthetic(
   )
 
 
+def imagenet(
+  *,
+  data_dir: str | None = None,
+  size: int = 224,
+  resize: int | None = None,
+  min_area: float = 0.08,
+  threads: int = 0,
+) -> tuple[Split, Split]:
+  """ImageNet (ILSVRC 2012) from the folder that `djpq data imagenet` writes.
+
+  The images stay on disk. Training batches are random crops, evaluation sees
+  the middle; see `djpq_jax.data.decode`.
+
+  Args:
+    data_dir: the folder that holds `imagenet2012/5.1.0`; None: that of tfds.
+    size: pixels of a side, after the crop.
+    resize: pixels of the shorter side in evaluation, before the crop; None:
+      8 / 7 of `size`.
+    min_area: least share of an image that a random crop takes, in (0, 1].
+    threads: that decode; 0: one per core that this process may use.
+
+  Returns:
+    The splits 'train' and 'validation', with labels in the order of the
+    WordNet ids.
+
+  Raises:
+    FileNotFoundError: no such folder there.
+    ValueError: an argument out of range.
+  """
+  return stored.open_splits(
+    'imagenet2012',
+    ('train', 'validation'),
+    data_dir=data_dir,
+    size=size,
+    resize=resize,
+    min_area=min_area,
+    threads=threads,
+  )
+
+
+def folder(
+  *,
+  data_dir: str | None = None,
+  size: int = 224,
+  resize: int | None = None,
+  min_area: float = 0.08,
+  threads: int = 0,
+) -> tuple[Split, Split]:
+  """Any images in class folders, from what `djpq data folder` wrote.
+
+  Arguments, results and errors are those of `imagenet`.
+  """
+  return stored.open_splits(
+    'folder',
+    ('train', 'validation'),
+    data_dir=data_dir,
+    size=size,
+    resize=resize,
+    min_area=min_area,
+    threads=threads,
+  )
+
+
 SOURCES: dict[str, Callable[..., tuple[Split, Split]]] = {
   'digits': digits,
   'cifar10': cifar10,
   'synthetic': synthetic,
+  'imagenet': imagenet,
+  'folder': folder,
 }
 
 

@@ -1,0 +1,133 @@
+"""From the bytes of an image file to pixels.
+
+JPEGs are decoded by libjpeg-turbo through simplejpeg, at a half, a quarter or
+an eighth of their size when all of it would be thrown away again. Training
+crops are resized by OpenCV, about twice as fast as Pillow; evaluation resizes
+with Pillow, because published accuracies were measured with its antialiasing.
+All three release Python's lock, so that threads decode in parallel.
+"""
+
+import functools
+import importlib
+from typing import Any
+
+import numpy as np
+
+from djpq_jax.data import geometry
+
+JPEG = b'\xff\xd8'
+EXTRA = 'djpq-jax[images]'
+
+
+@functools.cache
+def require(name: str) -> Any:
+  """Imports one of the packages that reading image files needs.
+
+  Raises:
+    ImportError: it is not installed; the message says how to get it.
+  """
+  try:
+    return importlib.import_module(name)
+  except ImportError as error:
+    raise ImportError(
+      f'image files need the package {name.partition(".")[0]!r}: '
+      f"pip install '{EXTRA}' ({error})"
+    ) from error
+
+
+def random_view(
+  encoded: bytes, size: int, bits: np.ndarray, min_area: float
+) -> np.ndarray:
+  """A random crop of an image file, resized to a square.
+
+  Args:
+    encoded: a JPEG or PNG file.
+    size: pixels of a side of the result.
+    bits: uint64 [geometry.WORDS].
+    min_area: see `geometry.random_crop`.
+
+  Returns:
+    uint8 [size, size, 3], RGB.
+
+  Raises:
+    ValueError: the file cannot be decoded.
+  """
+  cv2 = require('cv2')
+  image, factor = None, 1
+  if encoded[:2] == JPEG:
+    header = require('simplejpeg').decode_jpeg_header(encoded, strict=False)
+    height, width = header[:2]
+  else:
+    image = pixels(encoded)
+    height, width = image.shape[:2]
+  box = geometry.random_crop(height, width, bits, min_area)
+  if image is None:
+    # The largest power of two that leaves as many pixels as are wanted.
+    factor = min(8, max(1, min(box.height, box.width) // size))
+    factor = 1 << (factor.bit_length() - 1)
+    image = pixels(encoded, factor)
+  rows = slice(box.top // factor, -(-(box.top + box.height) // factor))
+  columns = slice(box.left // factor, -(-(box.left + box.width) // factor))
+  cut = image[rows, columns]
+  # Bilinear weights reach two pixels: a larger step would skip some.
+  shrinks = min(cut.shape[:2]) >= 2 * size
+  method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+  return cv2.resize(cut, (size, size), interpolation=method)
+
+
+def center_view(encoded: bytes, size: int, resize: int) -> np.ndarray:
+  """The middle of an image file whose shorter side is made `resize` pixels.
+
+  The pixels are those of torchvision's Resize(resize) and CenterCrop(size) on
+  a Pillow image. Arguments, result and errors are those of `random_view`.
+  """
+  image_lib = require('PIL.Image')
+  image = pixels(encoded)
+  height, width = image.shape[:2]
+  height, width = geometry.shorter_side(height, width, resize)
+  resized = image_lib.fromarray(image).resize(
+    (width, height), image_lib.Resampling.BILINEAR
+  )
+  box = geometry.center_crop(height, width, size)
+  return np.asarray(
+    resized.crop(
+      (box.left, box.top, box.left + box.width, box.top + box.height)
+    )
+  )
+
+
+def mirrored(image: np.ndarray) -> np.ndarray:
+  """An image [H, W, C] with left and right exchanged."""
+  return require('cv2').flip(image, 1)
+
+
+def pixels(encoded: bytes, factor: int = 1) -> np.ndarray:
+  """All pixels of a JPEG or PNG file, uint8 [H, W, 3], RGB.
+
+  Args:
+    encoded: the file.
+    factor: 1, 2, 4 or 8; a JPEG is decoded at 1 / factor of its size, rounded
+      up.
+
+  Raises:
+    ValueError: the file cannot be decoded.
+  """
+  if encoded[:2] == JPEG:
+    jpeg = require('simplejpeg')
+    if factor == 1:
+      return jpeg.decode_jpeg(encoded, 'RGB', strict=False)
+    height, width = jpeg.decode_jpeg_header(encoded, strict=False)[:2]
+    return jpeg.decode_jpeg(
+      encoded,
+      'RGB',
+      min_height=-(-height // factor),
+      min_width=-(-width // factor),
+      strict=False,
+    )
+  cv2 = require('cv2')
+  # The orientation that a camera notes down is left alone, as JPEGs' is.
+  flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+  image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+  if image is None:
+    raise ValueError('the image file cannot be decoded')
+  return image
