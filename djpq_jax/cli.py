@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Sequence
 import json
 import pathlib
-import shutil
 import sys
 from typing import Any
 
@@ -23,8 +22,10 @@ from djpq_jax import data_cli
 from djpq_jax import evaluation
 from djpq_jax import experiment
 from djpq_jax import harden
+from djpq_jax import interruption
 from djpq_jax import report as report_lib
 from djpq_jax import train
+from djpq_jax import workdir
 
 PHASES = {
   'float': 'float training',
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs a command; returns the exit status.
 
   A user's mistake ends in one sentence on standard error and status 2, a
-  training that cannot go on in one and status 1.
+  training that cannot go on in one and status 1, one that was asked to stop
+  in one and status 143, so that whoever restarts failed jobs restarts it.
   """
   args = _parser().parse_args(argv)
   try:
@@ -45,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   except train.TrainingError as error:
     print(f'djpq: {error}', file=sys.stderr)
     return 1
+  except train.Interrupted as error:
+    print(f'djpq: {error}', file=sys.stderr)
+    return interruption.EXIT_STATUS
   except (ValueError, FileNotFoundError, ImportError) as error:
     if args.debug:
       raise
@@ -65,7 +70,11 @@ def _parser() -> argparse.ArgumentParser:
 
   command = commands.add_parser('train', help='run an experiment')
   _add_config(command)
-  command.add_argument('--workdir', required=True, help='where results go')
+  command.add_argument(
+    '--workdir',
+    required=True,
+    help='where results go; a run that was interrupted there goes on',
+  )
   command.add_argument(
     '--overwrite', action='store_true', help='discard what the workdir holds'
   )
@@ -108,71 +117,37 @@ def _add_config(command: argparse.ArgumentParser) -> None:
 
 def _train(args) -> None:
   config = config_lib.load(args.config, args.set)
-  workdir = pathlib.Path(args.workdir)
-  _check_workdir(workdir, config, args.overwrite)
+  work = workdir.Workdir(pathlib.Path(args.workdir), config)
+  work.check(overwrite=args.overwrite)
   console = rich.console.Console()
-  with _Bars(console) as bars:
-    report = experiment.run(
-      config, workdir, bars.show, ready=lambda: _claim(workdir, config)
-    )
-  report_lib.write(report, workdir)
-  report_lib.print_report(report, console)
-  pictures = []
-  for plot, name in (
-    (report_lib.plot_layers, 'layers.png'),
-    (report_lib.plot_curves, 'curves.png'),
-  ):
-    if name == 'curves.png' and not report['history']:
-      continue  # no phase had a step
-    plot(report, workdir / name)
-    pictures.append(str(workdir / name))
-  console.print(f'report    {workdir / "report.json"}')
-  console.print(f'artifact  {workdir / "artifact"}')
-  console.print(f'pictures  {", ".join(pictures)}')
-
-
-def _check_workdir(workdir: pathlib.Path, config, overwrite: bool) -> None:
-  """Refuses a workdir that is in use; files of others in any case."""
-  if workdir.exists() and not workdir.is_dir():
-    raise ValueError(f'{workdir} is a file, not a folder')
-  if not workdir.is_dir() or not any(workdir.iterdir()):
+  report = None if args.overwrite else work.report()
+  if report is not None:
+    console.print(f'{work.path} holds this experiment, finished:')
+    report_lib.print_report(report, console)
     return
-  experiment_there = (workdir / 'config.json').exists()
-  if not (overwrite and experiment_there):
-    raise ValueError(
-      f'{workdir} already holds {_contents(workdir, config)}; choose another '
-      'workdir' + (', or --overwrite' if experiment_there else '')
+  if work.claimed and not args.overwrite:
+    console.print(f'going on with {work.path}')
+  with _Bars(console) as bars, interruption.Signals() as signals:
+    report = experiment.run(
+      config,
+      work.path,
+      bars.show,
+      ready=lambda: work.claim(overwrite=args.overwrite),
+      stop=signals.seen,
     )
-
-
-def _claim(workdir: pathlib.Path, config) -> None:
-  """Empties the workdir and writes the config into it."""
-  if (workdir / 'config.json').exists():
-    shutil.rmtree(workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
-  text = json.dumps(config.to_dict(), indent=1)
-  (workdir / 'config.json').write_text(text + '\n')
-
-
-def _contents(workdir: pathlib.Path, config) -> str:
-  try:
-    before = json.loads((workdir / 'config.json').read_text())
-  except (OSError, ValueError):
-    return 'files that are no experiment'
-  now = json.loads(json.dumps(config.to_dict()))
-  changed = sorted(_differences(before, now))
-  if changed:
-    return f'another experiment (it differs in {", ".join(changed[:3])})'
-  return 'this experiment'
-
-
-def _differences(a: dict, b: dict, prefix: str = ''):
-  for key in a.keys() | b.keys():
-    left, right = a.get(key), b.get(key)
-    if isinstance(left, dict) and isinstance(right, dict):
-      yield from _differences(left, right, f'{prefix}{key}.')
-    elif left != right:
-      yield f'{prefix}{key}'
+  for name, plot in (
+    ('layers.png', report_lib.plot_layers),
+    ('curves.png', report_lib.plot_curves),
+  ):
+    if name != 'curves.png' or report['history']:  # else no phase had a step
+      plot(report, work.path / name)
+  # Last of all: with it the experiment is finished.
+  report_lib.write(report, work.path)
+  report_lib.print_report(report, console)
+  pictures = sorted(map(str, work.path.glob('*.png')))
+  console.print(f'report    {work.path / "report.json"}')
+  console.print(f'artifact  {work.path / "artifact"}')
+  console.print(f'pictures  {", ".join(pictures)}')
 
 
 class _Bars:

@@ -60,6 +60,7 @@ def default() -> ml_collections.ConfigDict:
         'temperature': 1.0,
         'optimizer': _optimizer(),
       },
+      'checkpoint_every': 500,  # steps; 0 for only at the end of a phase
       'statistics_batches': 16,  # batch norm is re-estimated on these
     }
   )

@@ -197,9 +197,6 @@ def test_a_workdir_in_use_is_never_overwritten_silently(
   workdir = finished.workdir
   before = contents(workdir)
   again = ['train', '--config', config, '--workdir', str(workdir)]
-  said = refused(capsys, *again, '--set', 'seed=1')
-  assert 'already holds this experiment' in said
-  assert 'choose another workdir, or --overwrite' in said
   said = refused(capsys, *again, '--set', 'search.epochs=3', '--set', 'seed=1')
   assert 'another experiment (it differs in search.epochs)' in said
   said = refused(capsys, *again, '--set', 'seed=2', '--set', 'budget=0.1')
@@ -208,6 +205,17 @@ def test_a_workdir_in_use_is_never_overwritten_silently(
   said = refused(capsys, *again, '--overwrite', '--set', 'budget=1e-6')
   assert 'cannot be reached' in said
   assert contents(workdir) == before
+
+
+def test_a_finished_run_is_shown_again(finished, config, capsys, monkeypatch):
+  monkeypatch.setattr(experiment, 'run', None)
+  before = contents(finished.workdir)
+  args = ['--config', config, '--workdir', str(finished.workdir)]
+  assert cli.main(['train', *args, '--set', 'seed=1']) == 0
+  printed = capsys.readouterr().out
+  assert 'holds this experiment, finished' in ' '.join(printed.split())
+  assert 'seed 1' in printed
+  assert contents(finished.workdir) == before
 
 
 def test_files_of_others_are_not_overwritten_on_request(
@@ -261,7 +269,7 @@ def test_overwrite_with_few_choices_of_bits(finished, config, tmp_path, capsys):
 def test_train_refuses_before_it_trains(
   config, tmp_path, capsys, monkeypatch, overrides, message
 ):
-  monkeypatch.setattr(train, 'jit_step', None)
+  monkeypatch.setattr(train, 'fit', None)
   workdir = tmp_path / 'run'
   args = ['train', '--config', config, '--workdir', str(workdir)]
   for override in overrides:

@@ -12,6 +12,7 @@ import tiny
 
 from djpq_jax import budget as budget_lib
 from djpq_jax import compress
+from djpq_jax import losses
 from djpq_jax import optim
 from djpq_jax import train
 
@@ -186,26 +187,26 @@ def test_batch_norm_statistics_advance():
 
 
 def test_noise_differs_per_step_and_the_ramp_rises(still):
-  state, costs, losses = copied(still), [], []
+  state, costs, tasks = copied(still), [], []
   for _ in range(6):  # always the same batch, and nothing is learned
     state, metrics = train.jit_step(state, batch_at(0))
     costs.append(float(metrics['loss'] - metrics['task_loss']))
-    losses.append(float(metrics['task_loss']))
+    tasks.append(float(metrics['task_loss']))
   assert_same_bits(state.params, still.params)
-  assert len(set(losses)) == 6
+  assert len(set(tasks)) == 6
   np.testing.assert_allclose(
     np.divide(costs, costs[-1]), [0.25, 0.5, 0.75, 1, 1, 1], rtol=1e-4
   )
-  kl = float(train.losses.gate_kl(train.model_of(still)))
+  kl = float(losses.gate_kl(train.model_of(still)))
   relative = float(metrics['relative_bops'])
   full = 0.01 * kl + 0.1 * np.log(relative)
   assert costs[-1] == pytest.approx(full, rel=1e-4)
   # Which noise is drawn depends on the seed and the step's number alone.
   other = {**vars(copied(still)), 'key': jax.random.key(4)}
   _, metrics = train.jit_step(train.TrainState(**other), batch_at(0))
-  assert float(metrics['task_loss']) not in losses
+  assert float(metrics['task_loss']) not in tasks
   _, metrics = train.jit_step(copied(still), batch_at(0))
-  assert float(metrics['task_loss']) == losses[0]
+  assert float(metrics['task_loss']) == tasks[0]
 
 
 def test_resumed_run_has_the_bits_of_a_straight_one(search):
@@ -254,7 +255,7 @@ def test_strength_lowers_bops(search):
 
 def test_budget_is_approached_without_recompiling():
   model, budget, steps = tiny.compressed(), 0.01, 400
-  start = float(train.losses.relative_bops(model))
+  start = float(losses.relative_bops(model))
   controller = budget_lib.Controller(budget=budget, start=start, steps=steps)
   objective = train.Objective(noisy=True, controller=controller)
   rates = optim.OptimizerConfig(
@@ -329,7 +330,7 @@ def test_pmap_draws_other_noise_on_each_device(still):
   @jax.jit
   def loss(key):
     logits = model(batch['image'], gate_key=key)
-    return train.losses.cross_entropy(logits, batch['label'])
+    return losses.cross_entropy(logits, batch['label'])
 
   each = [float(loss(key)) for key in keys]
   assert len(set(each)) == devices

@@ -1,0 +1,117 @@
+"""One experiment from its config to its report.
+
+    data -> float model -> compress -> search -> plan -> finetune -> harden
+         -> artifact -> reload -> evaluate -> report
+
+`setting` holds what all of it shares, `phases` trains, `methods` puts phases
+together into DJPQ and its controls, `deployment` saves and measures.
+"""
+
+from collections.abc import Callable
+import pathlib
+import time
+from typing import Any
+
+from djpq_jax import allocate
+from djpq_jax import evaluation
+from djpq_jax import harden
+from djpq_jax import train
+from djpq_jax.experiment import deployment
+from djpq_jax.experiment import methods
+from djpq_jax.experiment import phases
+from djpq_jax.experiment import setting
+from djpq_jax.experiment.deployment import load_artifact
+from djpq_jax.experiment.methods import METHODS
+from djpq_jax.experiment.setting import dense_structure
+from djpq_jax.experiment.setting import rules_of
+
+__all__ = [
+  'METHODS',
+  'dense_structure',
+  'float_model',
+  'load_artifact',
+  'rules_of',
+  'run',
+]
+
+
+def float_model(config, progress: setting.Progress | None = None):
+  """Trains a config's float model; returns it and its test accuracy."""
+  this = setting.prepare(config, progress)
+  model = phases.train_float(this, setting.dense_model(this))
+  return model, evaluation.evaluate(model, this.test_split)
+
+
+def run(
+  config,
+  workdir,
+  progress: setting.Progress | None = None,
+  *,
+  trained=None,
+  ready: Callable[[], None] | None = None,
+  stop: Callable[[], bool] | None = None,
+) -> dict[str, Any]:
+  """Runs a whole experiment, or what is left of it.
+
+  The workdir gets the artifact, the metrics of every look (`metrics.jsonl`)
+  and checkpoints.  Run again with the same config and workdir, it goes on from
+  the last checkpoint, and ends with the bits of an uninterrupted run.
+
+  Args:
+    config: complete, from `config.load`.
+    workdir: where all results go; made if it is missing.
+    progress: told about every look at the metrics.
+    trained: a float model to start from instead of training one; without
+      checkpoints then, since the config does not say what it is.
+    ready: called when the config has passed its checks, before all work.
+    stop: asked after every step whether to save and stop.
+
+  Returns:
+    The report as JSON-ready values, see `report`.  All that it says of the
+    hardened model was recomputed from the reloaded artifact.
+
+  Raises:
+    ValueError: the config cannot work; said before the first training step.
+    train.CheckpointError: a checkpoint is damaged.
+    train.TrainingError: a training cannot go on.
+    train.Interrupted: `stop` said so.
+  """
+  start = time.monotonic()
+  workdir = pathlib.Path(workdir)
+  if config.method not in METHODS:
+    raise ValueError(
+      f'unknown method {config.method!r}; there are {", ".join(METHODS)}'
+    )
+  this = setting.prepare(config, progress)
+  model = setting.dense_model(this)
+  _check(this, model)
+  if ready is not None:
+    ready()
+  this.stop = stop
+  if trained is None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    this.workdir = workdir
+  model = trained or phases.train_float(this, model)
+  float_accuracy = evaluation.evaluate(model, this.test_split)
+  net = METHODS[config.method](this, model)
+  train.check_alive(net, this.sample())
+  epochs = config.finetune.epochs
+  if config.method == 'uniform':  # has nothing to search: equal epochs
+    epochs += config.search.epochs
+  net = phases.finetune(this, net, model, epochs=epochs)
+  hardened = harden.harden(net)
+  return deployment.deploy(this, hardened, workdir, float_accuracy, start)
+
+
+def _check(run: setting.Run, model) -> None:
+  """Finds out before the first training whether rules and budget can work."""
+  config = run.config
+  run.steps(0)  # checks the batch size
+  run.batches(0)  # checks the augmentation
+  net, choices = phases.compressed(run, model), config.bit_choices or None
+  if config.method != 'uniform':
+    allocate.check_reachable(net, config.budget or 1.0, choices)
+  if config.method == 'two_stage':  # bits alone must do what pruning leaves
+    whole = phases.compressed(run, model, [methods.UNPRUNED])
+    left = config.budget / config.two_stage_macs
+    allocate.check_reachable(whole, left, choices)

@@ -1,0 +1,65 @@
+"""DJPQ and its controls: from a float model to a frozen one."""
+
+import dataclasses
+
+from djpq_jax import allocate
+from djpq_jax import compress
+from djpq_jax.experiment import phases
+from djpq_jax.experiment import setting
+
+UNPRUNED = compress.Rule(pattern='*', prune=False)
+UNQUANTIZED = compress.Rule(pattern='*', quantize=False)
+
+
+def djpq(run: setting.Run, model) -> compress.Compressed:
+  """Searches channels and bits together, then carries the plan out."""
+  config = run.config
+  budget, choices = config.budget or None, config.bit_choices or None
+  net = phases.compressed(run, model)
+  net = phases.search(
+    run, net, model, budget=budget, epochs=config.search.epochs
+  )
+  plan = allocate.plan(net, budget, choices)
+  return compress.freeze(net, plan, run.sample())
+
+
+def two_stage(run: setting.Run, model) -> compress.Compressed:
+  """The control: first prunes channels, then learns bits, at equal epochs.
+
+  Each stage has half of the search's epochs.  The first stage gets its own
+  budget of MACs, the second one what is left of the BOPs budget.
+  """
+  config = run.config
+  epochs = config.search.epochs / 2
+  macs = config.two_stage_macs
+  net = phases.compressed(run, model, [UNQUANTIZED])
+  net = phases.search(run, net, model, budget=macs, epochs=epochs)
+  first = allocate.plan(net, macs)
+  structure = net.structure
+  left = allocate.relative_bops(structure, first)
+  pruned = compress.fold_gates(compress.freeze(net, first, run.sample()))
+  net = phases.compressed(run, pruned, [UNPRUNED])
+  budget = config.budget / left
+  net = phases.search(run, net, model, budget=budget, epochs=epochs)
+  second = allocate.plan(net, budget, config.bit_choices or None)
+  net = compress.freeze(net, second, run.sample())
+  # Seen from the dense model, both stages are one plan; no gates are left.
+  net.structure = dataclasses.replace(
+    structure,
+    plan=dataclasses.replace(second, open=first.open),
+    groups=tuple(
+      dataclasses.replace(g, reason=g.reason or 'pruned in the first stage')
+      for g in structure.groups
+    ),
+  )
+  return net
+
+
+def uniform(run: setting.Run, model) -> compress.Compressed:
+  """The control: the same bits everywhere, learned clips, nothing pruned."""
+  net = phases.compressed(run, model, [UNPRUNED])
+  plan = allocate.uniform(net, *run.config.uniform_bits)
+  return compress.freeze(net, plan, run.sample())
+
+
+METHODS = {'djpq': djpq, 'two_stage': two_stage, 'uniform': uniform}

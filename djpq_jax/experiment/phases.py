@@ -1,0 +1,163 @@
+"""The phases of an experiment: float training, search, finetuning.
+
+Each phase saves its state as it goes, in a folder of its own.  A run that goes
+on takes the same way again, and finds each phase where it was left: models are
+compressed and frozen anew from the states of the phases before, which gives
+the same bits, and only what is missing is trained.
+"""
+
+from typing import Any
+
+from flax import nnx
+import jax
+
+from djpq_jax import budget as budget_lib
+from djpq_jax import compress
+from djpq_jax import evaluation
+from djpq_jax import losses
+from djpq_jax import optim
+from djpq_jax import train
+from djpq_jax.experiment import setting
+
+NAMES = ('float', 'search', 'finetune')
+
+
+def _phase(
+  run: setting.Run, name: str, state: train.TrainState, steps: int
+) -> train.TrainState:
+  """Runs one phase to its end, or what is left of it."""
+  config = run.config
+  seed = config.seed * 10 + NAMES.index(name)
+
+  rows: list[dict[str, Any]] = []  # of this phase
+
+  def on_log(step, metrics):
+    row = {'phase': name, 'step': run.steps_done + step, **metrics}
+    rows.append({k: _plain(v) for k, v in row.items()})
+    run.record(rows[-1:])
+    run.progress(name, step, steps, metrics)
+
+  def fit(state, save=None):
+    return train.fit(
+      state,
+      run.batches(seed),
+      steps,
+      log_every=max(1, min(50, steps // 20)),
+      on_log=on_log,
+      save=save,
+      save_every=config.checkpoint_every,
+      stop=run.stop,
+    )
+
+  if run.workdir is None or not steps:
+    state = fit(state)
+  else:
+    folder = run.workdir / 'checkpoints' / f'{run.phases_done}-{name}'
+    with train.Checkpoints(folder.absolute()) as checkpoints:
+      state, before = checkpoints.restore(state)
+      rows += before
+      run.record(before)
+      state = fit(state, lambda state: checkpoints.save(state, rows))
+  run.steps_done += steps
+  run.phases_done += 1
+  return state
+
+
+def _plain(value):
+  return value if isinstance(value, (str, int)) else float(value)
+
+
+def _optimizer(phase, steps: int):
+  config = optim.OptimizerConfig(**phase.optimizer)
+  return optim.make(config, steps)
+
+
+def train_float(run: setting.Run, model):
+  """Trains the model before it is compressed."""
+  phase = run.config.float
+  steps = run.steps(phase.epochs)
+  if not steps:
+    return model
+  objective = train.Objective(smoothing=phase.smoothing)
+  state = train.init(
+    model, objective, _optimizer(phase, steps), seed=run.config.seed
+  )
+  return train.model_of(_phase(run, 'float', state, steps))
+
+
+def compressed(run: setting.Run, model, rules=()) -> compress.Compressed:
+  """Attaches gates and quantizers as the config's rules, then `rules`, say."""
+  given = setting.rules_of(run.config)
+  return compress.compress(model, [*given, *rules], run.sample())
+
+
+def search(
+  run: setting.Run,
+  model: compress.Compressed,
+  teacher,
+  *,
+  budget: float | None,
+  epochs: float,
+):
+  """Learns channels and bits; a controller leads them to the budget."""
+  phase = run.config.search
+  steps = run.steps(epochs)
+  controller = None
+  if budget:
+    controller = budget_lib.Controller(
+      budget=budget,
+      start=float(jax.jit(_relative_bops(model))()),
+      steps=max(1, steps),
+      ramp=phase.ramp,
+    )
+  objective = train.Objective(
+    smoothing=phase.smoothing,
+    distill=phase.distill,
+    temperature=phase.temperature,
+    noisy=True,
+    kl_weight=phase.kl_weight,
+    strength=phase.strength,
+    controller=controller,
+    ramp_steps=round(phase.ramp * steps),
+  )
+  state = train.init(
+    model,
+    objective,
+    _optimizer(phase, max(1, steps)),
+    seed=run.config.seed + 1,
+    teacher=teacher if phase.distill else None,
+  )
+  return train.model_of(_phase(run, 'search', state, steps))
+
+
+def _relative_bops(model):
+  graphdef, state = nnx.split(model)
+  pure = nnx.as_pure(state)
+  return lambda: losses.relative_bops(nnx.merge(graphdef, pure))
+
+
+def finetune(
+  run: setting.Run, model: compress.Compressed, teacher, *, epochs: float
+):
+  """Trains what is left, at its bits; then re-estimates batch norm."""
+  phase = run.config.finetune
+  steps = run.steps(epochs)
+  objective = train.Objective(
+    smoothing=phase.smoothing,
+    distill=phase.distill,
+    temperature=phase.temperature,
+  )
+  state = train.init(
+    model,
+    objective,
+    _optimizer(phase, max(1, steps)),
+    seed=run.config.seed + 2,
+    teacher=teacher if phase.distill else None,
+  )
+  model = train.model_of(_phase(run, 'finetune', state, steps))
+  train.check_alive(model, run.sample())
+  batch_at = run.batches(run.config.seed * 10 + 9)
+  count = run.config.statistics_batches
+  return evaluation.estimate_statistics(
+    model, (batch_at(i)['image'] for i in range(count))
+  )

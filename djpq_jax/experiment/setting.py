@@ -1,0 +1,151 @@
+"""What the phases of one experiment share: config, data, model, history."""
+
+from collections.abc import Callable
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from djpq_jax import compress
+from djpq_jax import data
+from djpq_jax import graph as graph_lib
+from djpq_jax import models
+from djpq_jax import optim
+from djpq_jax.models import torch_weights
+
+CALIBRATION_IMAGES = 256
+
+# Called with (phase, steps done, steps in all, metrics).
+Progress = Callable[[str, int, int, dict[str, float]], None]
+
+
+@dataclasses.dataclass
+class Run:
+  """What the phases of one experiment share.
+
+  Attributes:
+    config: complete, from `config.load`.
+    train_split: what is trained on.
+    test_split: what the results are measured on.
+    progress: told about every look at the metrics.
+    workdir: where metrics and checkpoints go; None for neither.
+    stop: asked after every step whether to save and stop.
+    history: metrics, one row per look.
+    steps_done: of all phases that are finished.
+    phases_done: how many there are.
+  """
+
+  config: Any
+  train_split: data.Split
+  test_split: data.Split
+  progress: Progress
+  workdir: pathlib.Path | None = None
+  stop: Callable[[], bool] | None = None
+  history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  steps_done: int = 0
+  phases_done: int = 0
+
+  def batches(self, seed: int) -> Callable[[int], dict[str, np.ndarray]]:
+    """The batch of each step number of a phase."""
+    augment = data.Augment(**self.config.augment)
+
+    def batch_at(step):
+      return data.train_batch(
+        self.train_split,
+        step,
+        batch_size=self.config.batch_size,
+        seed=seed,
+        augment=augment,
+      )
+
+    return batch_at
+
+  def sample(self) -> np.ndarray:
+    """Images to calibrate on, as training sees them but not augmented."""
+    count = min(CALIBRATION_IMAGES, len(self.train_split))
+    return data.train_batch(
+      self.train_split, 0, batch_size=count, seed=self.config.seed
+    )['image']
+
+  def steps(self, epochs: float) -> int:
+    """Steps of so many epochs."""
+    per_epoch = data.steps_per_epoch(self.train_split, self.config.batch_size)
+    return round(epochs * per_epoch)
+
+  def record(self, rows: list[dict[str, Any]]) -> None:
+    """Adds rows to the history, and to `metrics.jsonl` of the workdir.
+
+    A run that goes on begins the file anew, with what its checkpoints hold.
+    """
+    mode = 'a' if self.history else 'w'
+    self.history += rows
+    if self.workdir is not None:
+      path = self.workdir / 'metrics.jsonl'
+      with open(path, mode, encoding='utf-8') as file:
+        file.writelines(json.dumps(row) + '\n' for row in rows)
+
+
+def prepare(config, progress: Progress | None = None) -> Run:
+  """Loads the data and checks that config, data and model fit together."""
+  if not 0 <= config.budget < 1:
+    raise ValueError(
+      'budget is a fraction of the float32 BOPs below 1, or 0 for coefficient '
+      f'mode; got {config.budget}'
+    )
+  macs = config.two_stage_macs
+  if config.method == 'two_stage' and not (config.budget and 0 < macs < 1):
+    raise ValueError(
+      'method two_stage needs a budget, and two_stage_macs between 0 and 1; '
+      f'got {config.budget} and {macs}'
+    )
+  for phase in (config.float, config.search, config.finetune):
+    optim.OptimizerConfig(**phase.optimizer)  # checks itself
+  train_split, test_split = data.load(
+    config.data.name, data_dir=config.data.dir or None
+  )
+  return Run(config, train_split, test_split, progress or (lambda *_: None))
+
+
+def dense_model(run: Run):
+  """The untrained float model of the config."""
+  config = run.config
+  model = models.create(
+    config.model.name, seed=config.seed, **config.model.kwargs
+  )
+  shape = run.train_split.images.shape[1:]
+  if tuple(model.input_shape) != shape:
+    raise ValueError(
+      f'model {config.model.name} takes images of shape '
+      f'{tuple(model.input_shape)}, but {config.data.name} has {shape}; set '
+      'model.kwargs.input_shape or choose another model'
+    )
+  if config.model.weights:
+    arrays = torch_weights.read_state_dict(config.model.weights)
+    torch_weights.assign(model, arrays)
+  return model
+
+
+def dense_structure(config) -> compress.Structure:
+  """Layers and channel groups of a config's model, from its shapes alone."""
+  spec = config.model
+  model = nnx.eval_shape(lambda: models.create(spec.name, **spec.kwargs))
+  sample = jax.ShapeDtypeStruct((2, *model.input_shape), jnp.float32)
+  graph = graph_lib.trace(compress.eval_view(model), sample)
+  return compress.resolve(graph, rules_of(config))
+
+
+def rules_of(config) -> list[compress.Rule]:
+  """The rules that a config states."""
+  known = [field.name for field in dataclasses.fields(compress.Rule)]
+  rules = [dict(rule) for rule in config.rules]
+  for rule in rules:
+    unknown = sorted(rule.keys() - set(known))
+    if unknown or 'pattern' not in rule:
+      what = f'has no field {unknown[0]!r}' if unknown else 'needs a pattern'
+      raise ValueError(f'rule {rule} {what}; known: {", ".join(known)}')
+  return [compress.Rule(**rule) for rule in rules]

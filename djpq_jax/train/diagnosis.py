@@ -1,0 +1,80 @@
+"""Says where a training broke: the batch, the variable or the layer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from djpq_jax import compress
+from djpq_jax.train import state as state_lib
+from djpq_jax.train import step as step_lib
+
+
+class TrainingError(RuntimeError):
+  """Training cannot go on; the message says where it broke and what to do."""
+
+
+def where(state: state_lib.TrainState, batch_at, steps: range) -> str:
+  """Finds the first thing that was not finite in some steps and says so."""
+  head = f'training stopped at step {steps.stop}: '
+  for step in steps:
+    batch = batch_at(step)
+    if not np.all(np.isfinite(np.asarray(batch['image']))):
+      return (
+        f'{head}the batch of step {step} has pixels that are not finite; '
+        'check the data'
+      )
+  place = _bad_leaf(state.params) or _bad_input(state, batch)
+  if place is None:
+    grads = jax.grad(step_lib.total_loss, has_aux=True)(
+      state.params, state, batch, state.key
+    )[0]
+    place = _bad_leaf(grads)
+  if place is None:
+    place = 'the loss (it recovered on this batch)'
+  return (
+    f'{head}{int(state.bad_steps)} step(s) were not finite, first seen in '
+    f'{place}; lower the learning rate, or check the data'
+  )
+
+
+def _bad_leaf(params) -> str | None:
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    if not np.all(np.isfinite(np.asarray(leaf))):
+      names = [str(getattr(p, 'key', p)) for p in path[1:]]
+      return 'the variable ' + '/'.join(names)
+  return None
+
+
+def _bad_input(
+  state: state_lib.TrainState, batch: state_lib.Batch
+) -> str | None:
+  model = state_lib.model_of(state)
+  if not isinstance(model, compress.Compressed):
+    return None
+  taps = compress.inputs_of(model, batch['image'])
+  for path in model.structure.graph.layers:
+    if not all(np.all(np.isfinite(np.asarray(x))) for x in taps.get(path, [])):
+      return f'the input of layer {path}'
+  return None
+
+
+def check_alive(model: compress.Compressed, *args) -> None:
+  """Raises a TrainingError if a layer of a compressed model has collapsed.
+
+  Args:
+    model: searched or frozen.
+    *args: a batch of inputs.
+  """
+  taps = compress.inputs_of(model, *args)
+  for path, layer, operands in compress.hooks(model):
+    if operands.weight is None:
+      continue
+    dead = 'kernel' if not jnp.any(operands.weight(layer.kernel[...])) else ''
+    if not any(jnp.any(operands.act(x)) for x in taps[path]):
+      dead = 'input'
+    if dead:
+      raise TrainingError(
+        f'layer {path} has collapsed: its {dead} rounds to zero everywhere; '
+        'raise the budget, lower the rates of gates and quantizers, or give '
+        'the layer more bits or channels with a rule'
+      )

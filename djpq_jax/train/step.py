@@ -1,0 +1,154 @@
+"""One step of training, pure and jitted; it serves all phases.
+
+The float model, the search for channels and bits, and the finetuning of what
+is left differ in their `Objective` alone.
+"""
+
+import dataclasses
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import optax
+
+from djpq_jax import compress
+from djpq_jax import losses
+from djpq_jax import optim
+from djpq_jax.train import state as state_lib
+
+
+def train_step(
+  state: state_lib.TrainState, batch: state_lib.Batch, *, axis_name=None
+):
+  """One optimizer step; pure.
+
+  Args:
+    state: what to advance.
+    batch: 'image' [B, ...] and 'label' int [B].
+    axis_name: the mapped axis when called under `jax.pmap`: gradients,
+      statistics and metrics are averaged over it.
+
+  Returns:
+    (next state, metrics: float32 scalars by name).
+  """
+  key = jax.random.fold_in(state.key, state.step)
+  if axis_name is not None:
+    key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+  grad_fn = jax.value_and_grad(total_loss, has_aux=True)
+  (loss, aux), grads = grad_fn(state.params, state, batch, key)
+  rest, control, metrics = aux
+  if axis_name is not None:
+    loss, grads, rest, metrics = _mean_over(
+      axis_name, (loss, grads, rest, metrics)
+    )
+  updates, opt_state = state.program.optimizer.update(
+    grads, state.opt_state, state.params
+  )
+  params = optax.apply_updates(state.params, updates)
+  good = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+  advanced = (params, rest, opt_state, control)
+  before = (state.params, state.rest, state.opt_state, state.control)
+  params, rest, opt_state, control = jax.tree.map(
+    lambda new, old: jnp.where(good, new, old), advanced, before
+  )
+  state = dataclasses.replace(
+    state,
+    step=state.step + 1,
+    params=params,
+    rest=rest,
+    opt_state=opt_state,
+    control=control,
+    bad_steps=state.bad_steps + ~good,
+  )
+  return state, metrics | {'loss': loss, 'bad_steps': state.bad_steps}
+
+
+def _mean_over(axis_name, tree):
+  def mean(x):
+    if jnp.issubdtype(x.dtype, jnp.floating):
+      return jax.lax.pmean(x, axis_name)
+    return x
+
+  return jax.tree.map(mean, tree)
+
+
+def total_loss(
+  params, state: state_lib.TrainState, batch: state_lib.Batch, key
+):
+  """All that a step minimizes: (loss, (rest, controller, metrics))."""
+  program, objective = state.program, state.program.objective
+  model = optim.merge(program.train_graph, params, state.rest)
+  noise = {'gate_key': key} if objective.noisy and program.compressed else {}
+  logits = model(batch['image'], **noise)
+  total = losses.cross_entropy(
+    logits, batch['label'], smoothing=objective.smoothing
+  )
+  if objective.distill:
+    assert program.teacher_graph is not None, 'distillation needs a teacher'
+    teacher = nnx.merge(program.teacher_graph, state.teacher)
+    total = (1 - objective.distill) * total + (
+      objective.distill
+      * losses.distillation(
+        logits,
+        teacher(batch['image']),
+        temperature=objective.temperature,
+      )
+    )
+  metrics = {'task_loss': total, 'accuracy': _accuracy(logits, batch)}
+  cost, control, more = _cost(model, state)
+  _, _, rest = optim.split(model)
+  return total + cost, (rest, control, metrics | more)
+
+
+def _cost(model, state: state_lib.TrainState):
+  """The terms of gates and BOPs: (value, next control, metrics)."""
+  program, objective = state.program, state.program.objective
+  if not program.compressed:
+    return 0.0, state.control, {}
+  relative = losses.relative_bops(model)
+  metrics = {'relative_bops': relative} | _summary(model)
+  ramp = jnp.float32(1)
+  if objective.ramp_steps:
+    ramp = jnp.minimum(1.0, (state.step + 1) / objective.ramp_steps)
+  cost, control = jnp.float32(0), state.control
+  if objective.kl_weight:
+    cost += ramp * objective.kl_weight * losses.gate_kl(model)
+  if objective.controller is not None:
+    strength, control = objective.controller.update(
+      control, state.step, relative
+    )
+    metrics['strength'] = strength
+    cost += strength * jnp.log(relative)
+  elif objective.strength:
+    cost += ramp * objective.strength * jnp.log(relative)
+  return cost, control, metrics
+
+
+def _summary(model: compress.Compressed) -> state_lib.Metrics:
+  """Mean bits over quantized layers and the kept fraction of gated channels."""
+  operands = [o for _, _, o in compress.hooks(model) if o.weight is not None]
+  kept = compress.open_masks(model.structure)
+  total = sum(len(kept[g]) for g in model.structure.gated)
+  if model.structure.plan is None:
+    left = sum((jnp.sum(g.open_mask()) for g in model.gates), jnp.zeros(()))
+  else:
+    left = jnp.float32(sum(kept[g].sum() for g in model.structure.gated))
+  return {
+    'mean_weight_bits': _mean([o.weight.bits() for o in operands]),
+    'mean_act_bits': _mean([o.act.bits() for o in operands]),
+    'kept_fraction': left / max(total, 1) if total else jnp.ones(()),
+  }
+
+
+def _mean(values):
+  return sum(jnp.asarray(v, jnp.float32) for v in values) / max(len(values), 1)
+
+
+def _accuracy(logits, batch: state_lib.Batch):
+  right = jnp.argmax(logits, axis=-1) == batch['label']
+  return jnp.mean(right.astype(jnp.float32))
+
+
+# The state is donated: a step updates it in place on the device.
+jit_step = functools.partial(jax.jit, donate_argnums=0)(train_step)

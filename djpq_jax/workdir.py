@@ -1,0 +1,94 @@
+"""The folder of an experiment: whose it is, and whether it is finished.
+
+Its `config.json` says which experiment it belongs to.  `metrics.jsonl`,
+`checkpoints` and `artifact` come as the run goes, `report.json` last of all:
+with it the experiment is finished.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+
+class Workdir:
+  """A folder that belongs to one experiment.
+
+  Args:
+    path: the folder; it need not exist.
+    config: of the experiment, complete.
+  """
+
+  def __init__(self, path: pathlib.Path, config):
+    self.path = path
+    self.config = json.loads(json.dumps(config.to_dict()))
+
+  @property
+  def claimed(self) -> bool:
+    """Whether the folder belongs to an experiment."""
+    return (self.path / 'config.json').exists()
+
+  def check(self, *, overwrite: bool = False) -> None:
+    """Refuses a folder of others, and one of another experiment.
+
+    Args:
+      overwrite: whether another experiment may be discarded; files that are
+        no experiment may not.
+
+    Raises:
+      ValueError: says what the folder holds, or in what the configs differ.
+    """
+    if self.path.exists() and not self.path.is_dir():
+      raise ValueError(f'{self.path} is a file, not a folder')
+    if not self.path.is_dir() or not any(self.path.iterdir()):
+      return
+    if not self.claimed:
+      raise ValueError(
+        f'{self.path} already holds files that are no experiment; choose '
+        'another workdir'
+      )
+    changed = sorted(_differences(self._config_there(), self.config))
+    if changed and not overwrite:
+      raise ValueError(
+        f'{self.path} already holds another experiment (it differs in '
+        f'{", ".join(changed[:3])}); choose another workdir, or --overwrite'
+      )
+
+  def _config_there(self) -> dict[str, Any]:
+    try:
+      found = json.loads((self.path / 'config.json').read_text())
+    except (OSError, ValueError):
+      found = None
+    return found if isinstance(found, dict) else {'config.json': 'damaged'}
+
+  def claim(self, *, overwrite: bool = False) -> None:
+    """Makes the folder this experiment's; keeps what it has of it.
+
+    Args:
+      overwrite: whether to discard what is there instead.
+    """
+    if overwrite and self.claimed:
+      shutil.rmtree(self.path)
+    if self.claimed:
+      return
+    self.path.mkdir(parents=True, exist_ok=True)
+    partial = self.path / 'config.json.partial'
+    partial.write_text(json.dumps(self.config, indent=1) + '\n')
+    os.replace(partial, self.path / 'config.json')
+
+  def report(self) -> dict[str, Any] | None:
+    """The report of a finished experiment; None while there is none."""
+    try:
+      return json.loads((self.path / 'report.json').read_text())
+    except (OSError, ValueError):
+      return None
+
+
+def _differences(a: dict, b: dict, prefix: str = ''):
+  for key in a.keys() | b.keys():
+    left, right = a.get(key), b.get(key)
+    if isinstance(left, dict) and isinstance(right, dict):
+      yield from _differences(left, right, f'{prefix}{key}.')
+    elif left != right:
+      yield f'{prefix}{key}'

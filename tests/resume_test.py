@@ -1,0 +1,262 @@
+"""Runs that are stopped, killed or damaged, and go on to the same bits."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+from flax import nnx
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from djpq_jax import cli
+from djpq_jax import config as config_lib
+from djpq_jax import experiment
+from djpq_jax import interruption
+from djpq_jax import optim
+from djpq_jax import report as report_lib
+from djpq_jax import train
+from djpq_jax import workdir as workdir_lib
+
+pytestmark = pytest.mark.standard_promotion
+
+STEPS = 3 * (20 + 40 + 10)  # of the whole tiny experiment
+
+
+@pytest.fixture(scope='module', autouse=True)
+def registered():
+  with tiny.registered():
+    yield
+
+
+@pytest.fixture(scope='module')
+def config(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('config')
+  return tiny.experiment_config(folder, 'checkpoint_every=7')
+
+
+@pytest.fixture(scope='module')
+def whole(config, tmp_path_factory):
+  """The report of a run that nobody disturbed."""
+  return run(config, tmp_path_factory.mktemp('whole'))
+
+
+def outcome(workdir):
+  """All of a report but the time it took, and all bits of the artifact."""
+  report = json.loads((workdir / 'report.json').read_text())
+  del report['seconds']
+  del report['artifact_bytes']  # orbax writes dates and names of its own
+  model = experiment.load_artifact(workdir / 'artifact')
+  leaves = jax.tree.leaves(nnx.as_pure(nnx.state(model)))
+  return report | {'bits': [np.asarray(leaf).tolist() for leaf in leaves]}
+
+
+def run(config, workdir):
+  report_lib.write(experiment.run(config, workdir), workdir)
+  return outcome(workdir)
+
+
+def bits(state):
+  """All numbers of a training state."""
+  return [
+    np.asarray(
+      jax.random.key_data(x)
+      if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+      else x
+    )
+    for x in jax.tree.leaves(state)
+  ]
+
+
+def fresh(model=None):
+  config = optim.OptimizerConfig()
+  return train.init(
+    model or tiny.compressed(tiny.Normed),
+    train.Objective(noisy=True, strength=0.1),
+    optim.make(config, 10),
+    seed=3,
+  )
+
+
+def batch_at(step):
+  return tiny.batch(16, seed=step)
+
+
+def after(asked):
+  """A question that is answered yes from the `asked`-th time on."""
+  times = iter(range(1, 10**6))
+  return lambda: next(times) >= asked
+
+
+def test_a_state_comes_back_bit_for_bit(tmp_path):
+  expected = train.fit(fresh(), batch_at, 9)
+  with train.Checkpoints(tmp_path / 'a') as checkpoints:
+    state, history = checkpoints.restore(fresh())
+    assert int(state.step) == 0
+    assert history == []
+    train.fit(
+      state,
+      batch_at,
+      5,
+      save=lambda state: checkpoints.save(state, [{'step': int(state.step)}]),
+      save_every=2,
+    )
+  assert {p.name for p in (tmp_path / 'a').iterdir()} == {'4', '5'}
+  with train.Checkpoints(tmp_path / 'a') as checkpoints:
+    state, history = checkpoints.restore(fresh())
+  assert history == [{'step': 5}]
+  assert int(state.step) == 5
+  found = train.fit(state, batch_at, 9)
+  jax.tree.map(np.testing.assert_array_equal, bits(found), bits(expected))
+
+
+def test_a_checkpoint_that_is_half_written_is_not_picked(tmp_path):
+  with train.Checkpoints(tmp_path / 'a') as checkpoints:
+    checkpoints.save(fresh(), [])
+  written = tmp_path / 'a' / '0'
+  half = tmp_path / 'a' / '7.orbax-checkpoint-tmp'
+  half.mkdir()
+  (half / 'state').mkdir()
+  with train.Checkpoints(tmp_path / 'a') as checkpoints:
+    assert checkpoints.latest() == 0
+    assert int(checkpoints.restore(fresh())[0].step) == 0
+  assert written.exists()
+
+
+def test_a_damaged_checkpoint_says_what_to_do(tmp_path):
+  with train.Checkpoints(tmp_path / 'a') as checkpoints:
+    checkpoints.save(fresh(), [])
+  for path in (tmp_path / 'a' / '0' / 'state').rglob('*'):
+    if path.is_file():
+      path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  expected = pytest.raises(train.CheckpointError, match='a/0 cannot be read')
+  with train.Checkpoints(tmp_path / 'a') as checkpoints, expected:
+    checkpoints.restore(fresh())
+
+
+def test_a_checkpoint_of_another_model(tmp_path):
+  with train.Checkpoints(tmp_path / 'a') as checkpoints:
+    checkpoints.save(fresh(), [])
+    with pytest.raises(train.CheckpointError, match='cannot be read'):
+      checkpoints.restore(fresh(tiny.compressed(tiny.Mlp)))
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(config, whole, tmp_path):
+  """Stopped in each phase, and once more right after it went on."""
+  for asked in (25, 1, 70, 100):
+    with pytest.raises(train.Interrupted, match='and saved'):
+      experiment.run(config, tmp_path, stop=after(asked))
+  assert run(config, tmp_path) == whole
+  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  steps = [json.loads(line)['step'] for line in lines]
+  assert steps == [row['step'] for row in whole['history']]
+
+
+def test_two_stages_go_on_too(config, tmp_path):
+  config = config_lib.change(
+    config,
+    method='two_stage',
+    two_stage_macs=0.6,
+    float={'epochs': 2},
+    search={'epochs': 4},
+    finetune={'epochs': 2},
+  )
+  expected = run(config, tmp_path / 'whole')
+  with pytest.raises(train.Interrupted):
+    experiment.run(config, tmp_path / 'parts', stop=after(14))
+  assert run(config, tmp_path / 'parts') == expected
+
+
+def test_sigterm_saves_and_ends_with_its_status(
+  config, tmp_path, capsys, monkeypatch
+):
+  steps = train.fit
+
+  def fit(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return steps(*args, **kwargs)
+
+  monkeypatch.setattr(train, 'fit', fit)
+  path = tmp_path / 'tiny.py'
+  path.write_text(tiny.CONFIG)
+  before = signal.getsignal(signal.SIGTERM)
+  args = ['train', '--config', str(path), '--workdir', str(tmp_path / 'run')]
+  assert cli.main(args) == interruption.EXIT_STATUS == 143
+  assert signal.getsignal(signal.SIGTERM) is before
+  error = capsys.readouterr().err
+  assert error == (
+    'djpq: stopped after step 1 of 60 and saved; the same command goes on '
+    'from there\n'
+  )
+  assert (tmp_path / 'run' / 'checkpoints' / '0-float' / '1').is_dir()
+  assert not (tmp_path / 'run' / 'report.json').exists()
+
+
+def test_a_second_interrupt_does_not_wait():
+  with interruption.Signals() as signals:
+    assert not signals.seen()
+    signal.raise_signal(signal.SIGINT)
+    assert signals.seen()
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, {tests!r})
+import tiny
+from djpq_jax import cli
+with tiny.registered():
+  sys.exit(cli.main(['train', *sys.argv[1:]]))
+"""
+
+
+def test_kill(config, whole, tmp_path):
+  """A process that is killed outright, wherever it happens to be."""
+  del config
+  (tmp_path / 'tiny.py').write_text(tiny.CONFIG)
+  program = PROGRAM.format(tests=str(pathlib.Path(__file__).parent))
+  command = [sys.executable, '-c', program, '--config', 'tiny.py']
+  command += ['--workdir', 'run', '--set', 'checkpoint_every=7']
+  metrics = tmp_path / 'run' / 'metrics.jsonl'
+  with open(tmp_path / 'log', 'w', encoding='utf-8') as log:
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
+    deadline = time.monotonic() + 300
+    while not (metrics.exists() and '"search"' in metrics.read_text()):
+      assert process.poll() is None, (tmp_path / 'log').read_text()
+      assert time.monotonic() < deadline
+      time.sleep(0.02)
+    process.kill()
+    process.wait()
+  done = subprocess.run(
+    command, cwd=tmp_path, capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.startswith('going on with run')
+  assert outcome(tmp_path / 'run') == whole
+
+
+def test_claiming_a_workdir(config, tmp_path):
+  work = workdir_lib.Workdir(tmp_path / 'run', config)
+  work.check()
+  assert not work.claimed
+  work.claim()
+  work.check()  # it goes on
+  (work.path / 'mine').touch()
+  work.claim()
+  assert (work.path / 'mine').exists()
+  work.claim(overwrite=True)
+  assert not (work.path / 'mine').exists()
+  assert work.report() is None
+  other = workdir_lib.Workdir(work.path, config_lib.change(config, seed=5))
+  with pytest.raises(ValueError, match='it differs in seed'):
+    other.check()
+  other.check(overwrite=True)
+  (work.path / 'config.json').write_text('{')
+  with pytest.raises(ValueError, match='another experiment'):
+    work.check()
