@@ -27,10 +27,12 @@ class Source(NamedTuple):
     name: of torch's module, or of a lone parameter.
     part: takes what belongs here out of one of its tensors, in torch's order
       of axes.
+    parts: how many modules here share the outputs of torch's one.
   """
 
   name: str
   part: Callable[[np.ndarray], np.ndarray] = _unchanged
+  parts: int = 1
 
 
 def sources(model) -> dict[str, Source]:
@@ -111,7 +113,7 @@ def _vision_transformer(model):
     ours, theirs = f'blocks/{i}', f'blocks.{i}'
     for j, operand in enumerate(('query', 'key', 'value')):
       names[f'{ours}/attention/{operand}'] = Source(
-        f'{theirs}.attn.qkv', _third(j)
+        f'{theirs}.attn.qkv', _third(j), parts=3
       )
     names[f'{ours}/attention/out'] = f'{theirs}.attn.proj'
     names[f'{ours}/fc1'] = f'{theirs}.mlp.fc1'

@@ -3,7 +3,7 @@
 Neither torch nor the code that a file may carry is ever run.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import pathlib
 from typing import Any
 
@@ -61,6 +61,15 @@ def read_state_dict(path) -> dict[str, np.ndarray]:
   return arrays
 
 
+def shapes(model) -> dict[str, tuple[int, ...]]:
+  """Name -> shape of each tensor that the model takes, in torch's order."""
+  return {
+    name: (source.parts * first, *rest)
+    for name, source, variable in _placed(model)
+    for first, *rest in [_torch_order(variable.shape)]
+  }
+
+
 def assign(model, arrays: Mapping[str, np.ndarray]) -> None:
   """Puts torch tensors into a model.
 
@@ -76,49 +85,57 @@ def assign(model, arrays: Mapping[str, np.ndarray]) -> None:
     WeightsError: a tensor is missing, of another shape, or left over; it is
       named, and the model is as before.
   """
-  sources = torch_names.sources(model)
-  left = {k for k in arrays if not k.endswith('num_batches_tracked')}
-  values: list[tuple[Any, np.ndarray]] = []
-  kinds = (nnx.Param, nnx.BatchStat)
-  for path, variable in nnx.to_flat_state(nnx.state(model, kinds)):
-    name, part = _source(sources, path)
+  needed = shapes(model)
+  for name, shape in needed.items():
     if name not in arrays:
-      raise WeightsError(f'the weights lack {name}')
-    value = _fitted(name, arrays[name], part, variable.shape)
-    left.discard(name)
-    values.append((variable, value))
-  if left:
-    raise WeightsError(f'the model has no place for {sorted(left)[0]}')
-  for variable, value in values:
+      raise WeightsError(f'the weights lack {name}{_count(needed, arrays)}')
+    if arrays[name].shape != shape:
+      raise WeightsError(
+        f'{name} has shape {arrays[name].shape}, the model needs {shape}'
+      )
+  # Torch counts batches for averages that a fixed momentum does not take.
+  known = {k for k in arrays if k.endswith('num_batches_tracked')} | set(needed)
+  for name in arrays:
+    if name not in known:
+      raise WeightsError(
+        f'the model has no place for {name}{_count(arrays, known)}'
+      )
+  for name, source, variable in _placed(model):
+    value = _here(source.part(arrays[name]))
     variable.set_value(jnp.asarray(value, variable.dtype))
 
 
-def _source(sources, path):
-  """Torch's name of a variable, and what to take of it."""
-  *module, leaf = map(str, path)
-  whole = '/'.join([*module, leaf])
-  if whole in sources:  # a lone parameter
-    return sources[whole]
-  found = sources.get('/'.join(module), torch_names.Source('.'.join(module)))
-  names = [found.name] if found.name else []
-  return '.'.join([*names, _NAMES.get(leaf, leaf)]), found.part
+def _count(wanted, known) -> str:
+  """Says how many names more are not known, if there are any."""
+  more = sum(name not in known for name in wanted) - 1
+  return f' and {more} more' if more else ''
 
 
-def _fitted(name, array, part, shape) -> np.ndarray:
-  """Torch's tensor in the model's order of axes, if it fits."""
-  try:
-    value = _transposed(part(array))
-  except ValueError:  # from a part: it does not even divide
-    value = None
-  if value is None or value.shape != shape:
-    moved = '' if value is None else f', {value.shape} in the order used here'
-    raise WeightsError(
-      f'{name} has shape {array.shape}{moved}; the model needs {shape}'
-    )
-  return value
+def _placed(model) -> Iterator[tuple[str, torch_names.Source, Any]]:
+  """Each variable with its torch tensor's name."""
+  sources = torch_names.sources(model)
+  kinds = (nnx.Param, nnx.BatchStat)
+  for path, variable in nnx.to_flat_state(nnx.state(model, kinds)):
+    *module, leaf = map(str, path)
+    lone = sources.get('/'.join([*module, leaf]))
+    if lone:
+      yield lone.name, lone, variable
+      continue
+    own = torch_names.Source('.'.join(module))
+    source = sources.get('/'.join(module), own)
+    leaf = _NAMES.get(leaf, leaf)
+    yield f'{source.name}.{leaf}' if source.name else leaf, source, variable
 
 
-def _transposed(value: np.ndarray) -> np.ndarray:
+def _torch_order(shape) -> tuple[int, ...]:
+  """HWIO -> OIHW, [in, out] -> [out, in]."""
+  if len(shape) == 4:
+    return tuple(shape[d] for d in (3, 2, 0, 1))
+  return shape[::-1] if len(shape) == 2 else tuple(shape)
+
+
+def _here(value: np.ndarray) -> np.ndarray:
+  """OIHW -> HWIO, [out, in] -> [in, out]."""
   if value.ndim == 4:
     return value.transpose(2, 3, 1, 0)
   return value.T if value.ndim == 2 else value
