@@ -1,8 +1,11 @@
 """`djpq data`: prepares data sets, with a progress bar and a summary."""
 
 import argparse
+from collections.abc import Callable
+import signal
 import sys
 import time
+from typing import Any
 
 import rich.console
 import rich.progress
@@ -25,18 +28,18 @@ def add_command(commands) -> None:
     metavar='TAR',
     help='cifar-10-binary.tar.gz or cifar-10-python.tar.gz',
   )
-  kind.set_defaults(run=_cifar10)
+  kind.set_defaults(run=_careful(_cifar10))
   _add_out(kind)
 
   kind = kinds.add_parser('imagenet', help='ImageNet (ILSVRC 2012)')
   _add_images(
     kind, 'holds the official train and val tars, or class folders of them'
   )
-  kind.set_defaults(run=_imagenet)
+  kind.set_defaults(run=_careful(_imagenet))
 
   kind = kinds.add_parser('folder', help='any images in class folders')
   _add_images(kind, 'holds train/CLASS/IMAGE and val/CLASS/IMAGE')
-  kind.set_defaults(run=_folder)
+  kind.set_defaults(run=_careful(_folder))
 
 
 def _add_images(kind: argparse.ArgumentParser, source: str) -> None:
@@ -61,6 +64,23 @@ def _add_out(kind: argparse.ArgumentParser) -> None:
     required=True,
     help='where to put the set: the data.dir of a config',
   )
+
+
+def _careful(run: Callable[[Any], None]) -> Callable[[Any], None]:
+  """Says in one sentence that the user or the disk put an end to a command."""
+
+  def careful(args):
+    try:
+      run(args)
+    except KeyboardInterrupt:
+      print(
+        'djpq: stopped; the same command goes on from here', file=sys.stderr
+      )
+      sys.exit(128 + signal.SIGINT)
+    except OSError as error:
+      raise ValueError(str(error)) from error
+
+  return careful
 
 
 def _cifar10(args) -> None:
@@ -129,13 +149,8 @@ class _Bars:
     self._progress.start()
     return self
 
-  def __exit__(self, kind, *_):
+  def __exit__(self, *_):
     self._progress.stop()
-    if kind is KeyboardInterrupt:
-      print(
-        'djpq: stopped; the same command goes on from here', file=sys.stderr
-      )
-      sys.exit(130)
 
   def show(self, name: str, done: int, total: int) -> None:
     """Moves the bar of a split."""

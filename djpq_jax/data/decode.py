@@ -55,8 +55,7 @@ def random_view(
   cv2 = require('cv2')
   image, factor = None, 1
   if encoded[:2] == JPEG:
-    header = require('simplejpeg').decode_jpeg_header(encoded, strict=False)
-    height, width = header[:2]
+    height, width, _ = jpeg_header(encoded)
   else:
     image = pixels(encoded)
     height, width = image.shape[:2]
@@ -66,9 +65,8 @@ def random_view(
     factor = min(8, max(1, min(box.height, box.width) // size))
     factor = 1 << (factor.bit_length() - 1)
     image = pixels(encoded, factor)
-  rows = slice(box.top // factor, -(-(box.top + box.height) // factor))
-  columns = slice(box.left // factor, -(-(box.left + box.width) // factor))
-  cut = image[rows, columns]
+  top, left, height, width = geometry.shrunk(box, factor)
+  cut = image[top : top + height, left : left + width]
   # Bilinear weights reach two pixels: a larger step would skip some.
   shrinks = min(cut.shape[:2]) >= 2 * size
   method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
@@ -116,7 +114,7 @@ def pixels(encoded: bytes, factor: int = 1) -> np.ndarray:
     jpeg = require('simplejpeg')
     if factor == 1:
       return jpeg.decode_jpeg(encoded, 'RGB', strict=False)
-    height, width = jpeg.decode_jpeg_header(encoded, strict=False)[:2]
+    height, width, _ = jpeg_header(encoded)
     return jpeg.decode_jpeg(
       encoded,
       'RGB',
@@ -127,7 +125,21 @@ def pixels(encoded: bytes, factor: int = 1) -> np.ndarray:
   cv2 = require('cv2')
   # The orientation that a camera notes down is left alone, as JPEGs' is.
   flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-  image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+  data = np.frombuffer(encoded, np.uint8)
+  image = cv2.imdecode(data, flags) if data.size else None
   if image is None:
     raise ValueError('the image file cannot be decoded')
   return image
+
+
+def jpeg_header(encoded: bytes) -> tuple[int, int, str]:
+  """Height and width in pixels, and the color space, of a JPEG.
+
+  Raises:
+    ValueError: the header cannot be read.
+  """
+  jpeg = require('simplejpeg')
+  try:
+    return jpeg.decode_jpeg_header(encoded, strict=False)[:3]
+  except KeyError as error:  # simplejpeg 1.9 looks up what it did not find
+    raise ValueError('the JPEG ends within its header') from error

@@ -68,6 +68,18 @@ def random_crop(
   return _middle(height, width, box_height, box_width)
 
 
+def shrunk(box: Box, factor: int) -> Box:
+  """The nearest box in an image that is `factor` times as small.
+
+  >>> shrunk(Box(9, 4, 42, 38), 4)
+  Box(top=2, left=1, height=11, width=10)
+  """
+  nearest = lambda edge: (edge + factor // 2) // factor
+  top, left = nearest(box.top), nearest(box.left)
+  bottom, right = nearest(box.top + box.height), nearest(box.left + box.width)
+  return Box(top, left, bottom - top, right - left)
+
+
 def shorter_side(height: int, width: int, size: int) -> tuple[int, int]:
   """(height, width) scaled so that the shorter one is `size` pixels.
 

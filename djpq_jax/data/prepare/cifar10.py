@@ -137,7 +137,7 @@ def _sheet(name, suffix, content) -> Arrays:
   images = np.asarray(sheet.convert('RGB')).reshape(-1, 32, 32, 3)
   part = 'test_lables' if name == 'test_batch' else 'train_lables'
   labels = np.array(json.loads(content(f'{part}.json')), np.uint8)
-  start = 0 if name == 'test_batch' else 10_000 * (int(name[-1]) - 1)
+  start = 0 if name == 'test_batch' else len(images) * (int(name[-1]) - 1)
   return images, labels[start : start + len(images)]
 
 

@@ -43,7 +43,7 @@ def checked(encoded: bytes, *, lossless: bool) -> tuple[bytes, str]:
 def _checked_jpeg(encoded):
   jpeg = decode.require('simplejpeg')
   try:
-    colors = jpeg.decode_jpeg_header(encoded, strict=False)[2]
+    colors = decode.jpeg_header(encoded)[2]
   except ValueError as error:
     raise CorruptImageError(str(error)) from None
   if colors in ('CMYK', 'YCCK'):

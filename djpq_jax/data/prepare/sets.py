@@ -229,7 +229,7 @@ def _refuse(paths, records: Records, summary, work):
 
 
 def _verify(paths: Paths, records: Records) -> None:
-  """Reads the shards' own counts back, and looks for classes left empty."""
+  """Reads the shards' own counts back."""
   for split, files in records.items():
     for path, record in files.items():
       found = shards.count(path) if record.labels else 0

@@ -1,6 +1,5 @@
 """One shard of a prepared set: written whole, or not at all."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent import futures
 import dataclasses
@@ -147,8 +146,3 @@ def _replace(path: pathlib.Path, text: str) -> None:
 def _to_disk(path: pathlib.Path) -> None:
   with open(path, 'rb') as file:
     os.fsync(file.fileno())
-
-
-def histogram(labels: list[int]) -> Counter[int]:
-  """Images per label."""
-  return Counter(labels)
