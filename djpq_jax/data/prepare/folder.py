@@ -49,10 +49,9 @@ def split_folder(source: pathlib.Path, names) -> pathlib.Path:
   for name in names:
     if (source / name).is_dir():
       return source / name
-  found = (
-    sorted(p.name for p in source.iterdir())[:5] if source.is_dir() else ()
-  )
-  there = ', '.join(found) or 'nothing' if source.is_dir() else 'no such folder'
+  if not source.is_dir():
+    raise ValueError(f'there is no folder {source}')
+  there = ', '.join(sorted(p.name for p in source.iterdir())[:5])
   raise ValueError(
-    f'{source} has no folder {" or ".join(names)} (there: {there})'
+    f'{source} has no folder {" or ".join(names)} (there: {there or "nothing"})'
   )

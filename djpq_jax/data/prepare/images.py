@@ -55,7 +55,7 @@ def _checked_jpeg(encoded):
     return encoded, ''
   except ValueError as error:
     damage = str(error)
-  if 'premature end' in damage.lower():
+  if 'end of jpeg file' in damage.lower():
     raise CorruptImageError(damage)
   try:
     jpeg.decode_jpeg(encoded, 'RGB', strict=False, **small)
