@@ -129,6 +129,14 @@ def test_mirrored():
   np.testing.assert_array_equal(decode.mirrored(image), image[:, ::-1])
 
 
+def test_looked_up():
+  image = pictures.smooth(5, 6)
+  table = np.arange(256 * 3, dtype=np.float32).reshape(256, 1, 3)
+  out = np.empty((2, 5, 6, 3), np.float32)
+  decode.looked_up(image, table, out[1])
+  np.testing.assert_array_equal(out[1], 3 * image.astype(int) + [0, 1, 2])
+
+
 def test_a_missing_package_is_named():
   with pytest.raises(ImportError, match=r"'no_such'.*djpq-jax\[images\]"):
     decode.require('no_such.part')

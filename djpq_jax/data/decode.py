@@ -99,6 +99,17 @@ def mirrored(image: np.ndarray) -> np.ndarray:
   return require('cv2').flip(image, 1)
 
 
+def looked_up(image: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
+  """Writes table[level] of every byte of an image into `out`, in one pass.
+
+  Args:
+    image: uint8 [H, W, 3].
+    table: float32 [256, 1, 3], a column for each color.
+    out: float32 [H, W, 3], contiguous.
+  """
+  require('cv2').LUT(image, table, dst=out)
+
+
 def pixels(encoded: bytes, factor: int = 1) -> np.ndarray:
   """All pixels of a JPEG or PNG file, uint8 [H, W, 3], RGB.
 

@@ -15,6 +15,9 @@ from djpq_jax.data.prepare import listing
 
 # Images read ahead of the one that is written, per thread.
 AHEAD = 4
+# One image at a time can be read. They are compressed already: to do it again
+# would save nothing and make reading several times as slow.
+OPTIONS = 'group_size:1,uncompressed'
 
 
 @dataclasses.dataclass
@@ -71,7 +74,7 @@ def write(
     return item, serialize(item, encoded), note
 
   module = decode.require('array_record.python.array_record_module')
-  writer = module.ArrayRecordWriter(str(part), 'group_size:1')
+  writer = module.ArrayRecordWriter(str(part), OPTIONS)
   try:
     for item, data, note in _in_order(load, items, pool):
       if data is None:
