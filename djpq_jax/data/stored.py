@@ -106,12 +106,18 @@ class StoredImages:
         image = decode.mirrored(image)
       finish(i, image)
 
-    if self.threads == 1:
-      for i in range(len(rows)):
+    numbers = iter(range(len(rows)))
+
+    def read_some():
+      for i in numbers:  # Shared: each thread takes the next when it is free.
         read_one(i)
+
+    if self.threads == 1:
+      read_some()
       return
-    for _ in _pool(self.threads).map(read_one, range(len(rows))):
-      pass  # raises what a thread raised
+    pool = _pool(self.threads)
+    for future in [pool.submit(read_some) for _ in range(self.threads)]:
+      future.result()  # raises what a thread raised
 
 
 class Example(NamedTuple):
