@@ -4,6 +4,7 @@ import fcntl
 import io
 import json
 import pathlib
+import resource
 import shutil
 
 import numpy as np
@@ -187,12 +188,16 @@ class TestWhole:
   def test_another_set_is_not_overwritten(self, source):
     prepare(source)
     (source / 'train/ant/0.jpg').unlink()
-    with pytest.raises(ValueError, match='exists already and was made from'):
+    with pytest.raises(
+      ValueError, match='exists already, made from other images'
+    ):
       prepare(source)
 
   def test_a_set_of_others_is_not_overwritten(self, source, tmp_path):
     final(tmp_path).mkdir(parents=True)
-    with pytest.raises(ValueError, match='exists already and was made from'):
+    with pytest.raises(
+      ValueError, match='exists already, made from other images'
+    ):
       prepare(source)
 
   def test_a_class_of_its_own_for_validation_is_refused(self, source):
@@ -286,6 +291,19 @@ class TestResume:
     assert not [name for name in after if name.endswith('.part')]
     assert {name: after[name] for name in done} == done  # not written again
 
+  def test_goes_on_when_there_is_room_again(self, source, tmp_path, whole):
+    """A limit of the process stands for a disk that is full."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    try:
+      with pytest.raises(OSError, match=r'File too large; writing .*\.part$'):
+        prepare(source, **SMALL_SHARDS)
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert not final(tmp_path).exists()
+    prepare(source, **SMALL_SHARDS)
+    assert records(tmp_path) == whole
+
   def test_half_written_files_are_never_taken(self, source, tmp_path, whole):
     """As a power cut leaves them, at every stage of a shard."""
     work, done = self.stop(source, 10)
@@ -373,6 +391,7 @@ class TestCorrupt:
 
   def test_they_can_be_left_out(self, bad, tmp_path):
     summary = prepare(bad, skip_corrupt=True)
+    assert not (tmp_path / 'out/folder/corrupt.txt').exists()
     assert summary.images == {'train': 9, 'validation': 5}
     assert summary.left_out.keys() == {
       'train/ant/2.jpg',

@@ -24,6 +24,7 @@ from djpq_jax.data.prepare import shards
 
 SHARD_BYTES = 1 << 30  # Few files stay open, and little is lost on a stop.
 SUMMARY = 'preparation.json'
+CORRUPT = 'corrupt.txt'
 
 # Called with (split, images done, images in all).
 Progress = Callable[[str, int, int], None]
@@ -102,10 +103,10 @@ def write(
     _write_info(work, layout, records)
     text = json.dumps(dataclasses.asdict(summary), indent=1)
     (work / SUMMARY).write_text(f'{text}\n')
-    for path in work.glob('*.json'):
-      if '.array_record' in path.name:
-        path.unlink()
     work.replace(final)
+    (home / CORRUPT).unlink(missing_ok=True)
+    for path in final.glob('*.array_record-*.json'):
+      path.unlink()
   return summary
 
 
@@ -129,8 +130,8 @@ def _already(final, listings) -> Summary:
     if summary.listings == listings:
       return dataclasses.replace(summary, folder=str(final), was_there=True)
   raise ValueError(
-    f'{final} exists already and was made from other images; remove it first, '
-    'or give another --out'
+    f'{final} exists already, made from other images or by another program; '
+    'remove it first, or give another --out'
   )
 
 
@@ -216,7 +217,7 @@ def _refuse(paths, records: Records, summary, work):
     for path, record in files.items():
       if record.corrupt:
         shards.forget(path)
-  path = work.parent / 'corrupt.txt'
+  path = work.parent / CORRUPT
   lines = [f'{name}\t{why}\n' for name, why in summary.left_out.items()]
   path.write_text(''.join(lines))
   some = ', '.join(list(summary.left_out)[:3])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent import futures
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -73,9 +74,7 @@ def write(
       return item, None, str(error)
     return item, serialize(item, encoded), note
 
-  module = decode.require('array_record.python.array_record_module')
-  writer = module.ArrayRecordWriter(str(part), OPTIONS)
-  try:
+  with _writer(part) as writer:
     for item, data, note in _in_order(load, items, pool):
       if data is None:
         record.corrupt[item.name] = note
@@ -86,12 +85,26 @@ def write(
         if note:
           record.repaired[item.name] = note
       step()
-  finally:
-    writer.close()
   _to_disk(part)
   _replace(side, json.dumps(vars(record)))
   part.replace(path)
   return record
+
+
+@contextlib.contextmanager
+def _writer(path: pathlib.Path) -> Iterator[Any]:
+  """A writer of records, whose errors are those of files."""
+  module = decode.require('array_record.python.array_record_module')
+  writer = module.ArrayRecordWriter(str(path), OPTIONS)
+  try:
+    yield writer
+    writer.close()
+  except RuntimeError as error:
+    raise OSError(str(error).partition('; at byte')[0]) from error
+  except BaseException:
+    with contextlib.suppress(RuntimeError):
+      writer.close()
+    raise
 
 
 def finished(path: pathlib.Path, items: list[listing.Item]) -> Record | None:
