@@ -137,7 +137,13 @@ def _write(folder: pathlib.Path, manifest, arrays) -> None:
   partial = folder.with_name(folder.name + '.partial')
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir(parents=True)
-  with ocp.StandardCheckpointer() as checkpointer:
+  this = jax.process_index()  # of many processes, the one that writes
+  alone = ocp.options.MultiprocessingOptions(
+    primary_host=this,
+    active_processes={this} if jax.process_count() > 1 else None,
+    barrier_sync_key_prefix='artifact' if jax.process_count() > 1 else None,
+  )
+  with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
     checkpointer.save(partial / 'arrays', arrays)
   manifest = {**manifest, 'sha256': _hash(partial / 'arrays')}
   text = json.dumps(manifest, indent=1, allow_nan=False)

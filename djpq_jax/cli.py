@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+import contextlib
 import json
 import pathlib
 import sys
@@ -23,6 +24,7 @@ from djpq_jax import evaluation
 from djpq_jax import experiment
 from djpq_jax import harden
 from djpq_jax import interruption
+from djpq_jax import parallel
 from djpq_jax import report as report_lib
 from djpq_jax import train
 from djpq_jax import workdir
@@ -78,6 +80,16 @@ def _parser() -> argparse.ArgumentParser:
   command.add_argument(
     '--overwrite', action='store_true', help='discard what the workdir holds'
   )
+  command.add_argument(
+    '--distributed',
+    action='store_true',
+    help='join the other processes, which the cluster tells (TPU, SLURM, ...)',
+  )
+  command.add_argument(
+    '--coordinator', metavar='HOST:PORT', help='of process 0, else'
+  )
+  command.add_argument('--process-count', type=int, metavar='N')
+  command.add_argument('--process-index', type=int, metavar='I')
   command.set_defaults(run=_train)
 
   command = commands.add_parser(
@@ -117,9 +129,12 @@ def _add_config(command: argparse.ArgumentParser) -> None:
 
 def _train(args) -> None:
   config = config_lib.load(args.config, args.set)
+  if args.distributed or args.coordinator:
+    parallel.start(args.coordinator, args.process_count, args.process_index)
+  first = parallel.is_first()
   work = workdir.Workdir(pathlib.Path(args.workdir), config)
   work.check(overwrite=args.overwrite)
-  console = rich.console.Console()
+  console = rich.console.Console(quiet=not first)
   report = None if args.overwrite else work.report()
   if report is not None:
     console.print(f'{work.path} holds this experiment, finished:')
@@ -127,26 +142,40 @@ def _train(args) -> None:
     return
   if work.claimed and not args.overwrite:
     console.print(f'going on with {work.path}')
-  with _Bars(console) as bars, interruption.Signals() as signals:
+
+  def claim():
+    parallel.wait('checked')
+    if first:
+      work.claim(overwrite=args.overwrite)
+    parallel.wait('claimed')
+
+  with contextlib.ExitStack() as stack:
+    if jax.process_count() > 1:  # JAX itself waits for the signals of all
+      stop = parallel.Preemption().seen
+    else:
+      stop = stack.enter_context(interruption.Signals()).seen
+    bars = stack.enter_context(_Bars(console))
     report = experiment.run(
-      config,
-      work.path,
-      bars.show,
-      ready=lambda: work.claim(overwrite=args.overwrite),
-      stop=signals.seen,
+      config, work.path, bars.show, ready=claim, stop=stop
     )
+  if first:
+    _finish(report, work.path, console)
+
+
+def _finish(report: dict[str, Any], folder: pathlib.Path, console) -> None:
+  """Draws, writes and prints a report."""
   for name, plot in (
     ('layers.png', report_lib.plot_layers),
     ('curves.png', report_lib.plot_curves),
   ):
     if name != 'curves.png' or report['history']:  # else no phase had a step
-      plot(report, work.path / name)
+      plot(report, folder / name)
   # Last of all: with it the experiment is finished.
-  report_lib.write(report, work.path)
+  report_lib.write(report, folder)
   report_lib.print_report(report, console)
-  pictures = sorted(map(str, work.path.glob('*.png')))
-  console.print(f'report    {work.path / "report.json"}')
-  console.print(f'artifact  {work.path / "artifact"}')
+  pictures = sorted(map(str, folder.glob('*.png')))
+  console.print(f'report    {folder / "report.json"}')
+  console.print(f'artifact  {folder / "artifact"}')
   console.print(f'pictures  {", ".join(pictures)}')
 
 
@@ -176,6 +205,8 @@ class _Bars:
 
   def show(self, phase: str, step: int, steps: int, metrics: dict) -> None:
     """Moves the bar of a phase."""
+    if self._console.quiet:
+      return
     note = f'loss {metrics["task_loss"]:.3f}'
     if phase == 'search':
       note += f'  BOPs {metrics["relative_bops"]:.3%}'

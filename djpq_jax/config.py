@@ -30,7 +30,14 @@ def default() -> ml_collections.ConfigDict:
         'kwargs': {},  # of its constructor
         'weights': '',  # a torch state dict to start from
       },
-      'batch_size': 64,
+      'batch_size': 64,  # over all devices
+      'step': {  # how a training step is run
+        'devices': 0,  # of this process; 0: all there are
+        'wrapper': 'jit',  # or 'pmap', see djpq_jax.parallel
+        'dtype': 'float32',  # that layers compute in; or 'bfloat16'
+        'accumulate': 1,  # parts of a batch, one after the other
+        'remat': False,  # compute again what lies between the products
+      },
       'augment': {'shift': 0, 'flip': False},  # pixels; mirror
       'method': 'djpq',  # or 'two_stage', 'uniform'
       'rules': (),  # dicts with the fields of compress.Rule; loaded as pairs

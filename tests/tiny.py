@@ -149,6 +149,7 @@ def get_config():
   config.data.name = 'tiny'
   config.model.name = 'tiny'
   config.batch_size = 32
+  config.step.devices = 1
   config.budget = 0.02
   config.statistics_batches = 2
 

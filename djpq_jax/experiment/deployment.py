@@ -13,6 +13,7 @@ from djpq_jax import compress
 from djpq_jax import evaluation
 from djpq_jax import harden
 from djpq_jax import models
+from djpq_jax import parallel
 from djpq_jax.experiment import setting
 
 
@@ -24,21 +25,23 @@ def deploy(run: setting.Run, hardened, workdir, float_accuracy, start):
   sample = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
   rows = harden.count(hardened, sample)
   config = run.config
-  checkpoint.save(
-    folder,
-    hardened,
-    rows,
-    model_spec={
-      'name': config.model.name,
-      'kwargs': config.model.kwargs.to_dict(),
-    },
-    input_shape=shape,
-    more={
-      'accuracy': evaluation.accuracy(before, run.test_split),
-      'float_accuracy': float_accuracy,
-      'measured_on': {'data': config.data.name, 'images': len(before)},
-    },
-  )
+  if parallel.is_first():
+    checkpoint.save(
+      folder,
+      hardened,
+      rows,
+      model_spec={
+        'name': config.model.name,
+        'kwargs': config.model.kwargs.to_dict(),
+      },
+      input_shape=shape,
+      more={
+        'accuracy': evaluation.accuracy(before, run.test_split),
+        'float_accuracy': float_accuracy,
+        'measured_on': {'data': config.data.name, 'images': len(before)},
+      },
+    )
+  parallel.wait('artifact')
   reloaded = load_artifact(folder)
   logits = evaluation.predictions(reloaded, run.test_split)
   if not np.array_equal(logits, before):

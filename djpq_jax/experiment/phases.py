@@ -16,6 +16,7 @@ from djpq_jax import compress
 from djpq_jax import evaluation
 from djpq_jax import losses
 from djpq_jax import optim
+from djpq_jax import parallel
 from djpq_jax import train
 from djpq_jax.experiment import setting
 
@@ -26,9 +27,7 @@ def _phase(
   run: setting.Run, name: str, state: train.TrainState, steps: int
 ) -> train.TrainState:
   """Runs one phase to its end, or what is left of it."""
-  config = run.config
-  seed = config.seed * 10 + NAMES.index(name)
-
+  seed = run.config.seed * 10 + NAMES.index(name)
   rows: list[dict[str, Any]] = []  # of this phase
 
   def on_log(step, metrics):
@@ -37,18 +36,23 @@ def _phase(
     run.record(rows[-1:])
     run.progress(name, step, steps, metrics)
 
+  spread, step_fn, place = _spread(run)
+
   def fit(state, save=None):
     return train.fit(
       state,
-      run.batches(seed),
+      run.batches(seed, share=True),
       steps,
       log_every=max(1, min(50, steps // 20)),
       on_log=on_log,
+      step_fn=step_fn,
       save=save,
-      save_every=config.checkpoint_every,
+      save_every=run.config.checkpoint_every,
       stop=run.stop,
+      place=place,
     )
 
+  state = spread(state)
   if run.workdir is None or not steps:
     state = fit(state)
   else:
@@ -60,7 +64,20 @@ def _phase(
       state = fit(state, lambda state: checkpoints.save(state, rows))
   run.steps_done += steps
   run.phases_done += 1
-  return state
+  return parallel.gather(state)
+
+
+def _spread(run: setting.Run):
+  """How a state and a batch get to the devices, and what steps there."""
+  mesh, wrapper = run.mesh(), run.config.step.wrapper
+  if mesh.size == 1 and wrapper == 'jit':
+    return lambda state: state, train.jit_step, None
+  wrap = {'jit': parallel.jit_step, 'pmap': parallel.pmap_step}[wrapper]
+  return (
+    lambda state: parallel.replicate(state, mesh),
+    wrap(train.train_step, mesh),
+    lambda batch: parallel.spread(batch, mesh),
+  )
 
 
 def _plain(value):
@@ -72,6 +89,16 @@ def _optimizer(phase, steps: int):
   return optim.make(config, steps)
 
 
+def _how(run: setting.Run) -> dict[str, Any]:
+  """How a step computes, for `train.init`."""
+  step = run.config.step
+  return {
+    'dtype': step.dtype,
+    'accumulate': step.accumulate,
+    'remat': step.remat,
+  }
+
+
 def train_float(run: setting.Run, model):
   """Trains the model before it is compressed."""
   phase = run.config.float
@@ -80,7 +107,11 @@ def train_float(run: setting.Run, model):
     return model
   objective = train.Objective(smoothing=phase.smoothing)
   state = train.init(
-    model, objective, _optimizer(phase, steps), seed=run.config.seed
+    model,
+    objective,
+    _optimizer(phase, steps),
+    seed=run.config.seed,
+    **_how(run),
   )
   return train.model_of(_phase(run, 'float', state, steps))
 
@@ -126,6 +157,7 @@ def search(
     _optimizer(phase, max(1, steps)),
     seed=run.config.seed + 1,
     teacher=teacher if phase.distill else None,
+    **_how(run),
   )
   return train.model_of(_phase(run, 'search', state, steps))
 
@@ -153,6 +185,7 @@ def finetune(
     _optimizer(phase, max(1, steps)),
     seed=run.config.seed + 2,
     teacher=teacher if phase.distill else None,
+    **_how(run),
   )
   model = train.model_of(_phase(run, 'finetune', state, steps))
   train.check_alive(model, run.sample())

@@ -16,6 +16,7 @@ from djpq_jax import data
 from djpq_jax import graph as graph_lib
 from djpq_jax import models
 from djpq_jax import optim
+from djpq_jax import parallel
 from djpq_jax.models import torch_weights
 
 CALIBRATION_IMAGES = 256
@@ -50,9 +51,20 @@ class Run:
   steps_done: int = 0
   phases_done: int = 0
 
-  def batches(self, seed: int) -> Callable[[int], dict[str, np.ndarray]]:
-    """The batch of each step number of a phase."""
+  def batches(
+    self, seed: int, *, share: bool = False
+  ) -> Callable[[int], dict[str, np.ndarray]]:
+    """The batch of each step number of a phase.
+
+    Args:
+      seed: of order and augmentation.
+      share: whether to give only what this process trains on.
+    """
     augment = data.Augment(**self.config.augment)
+    process = {}
+    if share:
+      process['process_index'] = jax.process_index()
+      process['process_count'] = jax.process_count()
 
     def batch_at(step):
       return data.train_batch(
@@ -61,6 +73,7 @@ class Run:
         batch_size=self.config.batch_size,
         seed=seed,
         augment=augment,
+        **process,
       )
 
     return batch_at
@@ -77,6 +90,18 @@ class Run:
     per_epoch = data.steps_per_epoch(self.train_split, self.config.batch_size)
     return round(epochs * per_epoch)
 
+  def mesh(self) -> jax.sharding.Mesh:
+    """The devices that this experiment trains on."""
+    count = self.config.step.devices
+    if not count:
+      return parallel.mesh()
+    devices = [
+      d
+      for p in range(jax.process_count())
+      for d in jax.local_devices(process_index=p)[:count]
+    ]
+    return parallel.mesh(devices)
+
   def record(self, rows: list[dict[str, Any]]) -> None:
     """Adds rows to the history, and to `metrics.jsonl` of the workdir.
 
@@ -84,7 +109,7 @@ class Run:
     """
     mode = 'a' if self.history else 'w'
     self.history += rows
-    if self.workdir is not None:
+    if self.workdir is not None and parallel.is_first():
       path = self.workdir / 'metrics.jsonl'
       with open(path, mode, encoding='utf-8') as file:
         file.writelines(json.dumps(row) + '\n' for row in rows)
@@ -105,10 +130,36 @@ def prepare(config, progress: Progress | None = None) -> Run:
     )
   for phase in (config.float, config.search, config.finetune):
     optim.OptimizerConfig(**phase.optimizer)  # checks itself
+  _check_step(config)
   train_split, test_split = data.load(
     config.data.name, data_dir=config.data.dir or None
   )
   return Run(config, train_split, test_split, progress or (lambda *_: None))
+
+
+def _check_step(config) -> None:
+  """Finds out whether a batch can be cut as the config says."""
+  step = config.step
+  if step.wrapper not in ('jit', 'pmap'):
+    raise ValueError(
+      f"step.wrapper must be 'jit' or 'pmap', got {step.wrapper!r}"
+    )
+  if step.dtype not in ('float32', 'bfloat16'):
+    raise ValueError(
+      f"step.dtype must be 'float32' or 'bfloat16', got {step.dtype!r}"
+    )
+  here = jax.local_device_count()
+  if not 0 <= step.devices <= here:
+    raise ValueError(
+      f'step.devices is {step.devices}, but there are {here}; 0 takes all'
+    )
+  devices = (step.devices or here) * jax.process_count()
+  if step.accumulate < 1 or config.batch_size % (devices * step.accumulate):
+    raise ValueError(
+      f'batch_size {config.batch_size} cannot be cut into {devices} (devices) '
+      f'x {step.accumulate} (step.accumulate) equal parts; change it, or set '
+      'step.devices'
+    )
 
 
 def dense_model(run: Run):

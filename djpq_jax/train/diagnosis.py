@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from djpq_jax import compress
+from djpq_jax import parallel
 from djpq_jax.train import state as state_lib
 from djpq_jax.train import step as step_lib
 
@@ -15,6 +16,7 @@ class TrainingError(RuntimeError):
 
 def where(state: state_lib.TrainState, batch_at, steps: range) -> str:
   """Finds the first thing that was not finite in some steps and says so."""
+  state = parallel.gather(state)
   head = f'training stopped at step {steps.stop}: '
   for step in steps:
     batch = batch_at(step)

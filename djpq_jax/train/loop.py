@@ -25,6 +25,7 @@ def fit(
   save: Callable[[state_lib.TrainState], None] | None = None,
   save_every: int = 0,
   stop: Callable[[], bool] | None = None,
+  place: Callable[[state_lib.Batch], state_lib.Batch] | None = None,
 ) -> state_lib.TrainState:
   """Runs steps `state.step` .. `steps`.
 
@@ -41,6 +42,7 @@ def fit(
     save: called with the state at the end, and before an interruption.
     save_every: steps after which it is called, too; 0 for never.
     stop: asked after each step whether to save and stop, as on a signal.
+    place: puts a batch on the devices.
 
   Raises:
     TrainingError: a loss or gradient was not finite; names the layer.
@@ -48,7 +50,8 @@ def fit(
   """
   numbers = range(int(state.step), steps)
   looked = numbers.start
-  batches = data.prefetch(batch_at(step) for step in numbers)
+  place = place or (lambda batch: batch)
+  batches = data.prefetch(place(batch_at(step)) for step in numbers)
   for step, batch in zip(numbers, batches):
     state, metrics = step_fn(state, batch)
     done = step + 1

@@ -46,7 +46,19 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-  """The static half of a training state, compared by identity."""
+  """The static half of a training state, compared by identity.
+
+  Attributes:
+    train_graph: the model as it is trained.
+    eval_graph: the model as it predicts.
+    optimizer: of all parameters.
+    objective: what to minimize.
+    teacher_graph: the teacher as it predicts, or None.
+    compressed: whether the model has gates and quantizers.
+    accumulate: parts that a batch is cut into, one after the other.
+    remat: whether only the results of convolutions and matrix products are
+      kept for the way back, and all between them is computed again.
+  """
 
   train_graph: nnx.GraphDef
   eval_graph: nnx.GraphDef
@@ -54,6 +66,8 @@ class Program:
   objective: Objective
   teacher_graph: nnx.GraphDef | None = None
   compressed: bool = False
+  accumulate: int = 1
+  remat: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -92,6 +106,9 @@ def init(
   *,
   seed: int = 0,
   teacher=None,
+  dtype: str = 'float32',
+  accumulate: int = 1,
+  remat: bool = False,
 ) -> TrainState:
   """Makes the state before the first step of a phase.
 
@@ -101,13 +118,29 @@ def init(
     optimizer: from `optim.make`.
     seed: of all noise in training.
     teacher: a float model to distil from, or None.
+    dtype: that the layers compute in, 'float32' or 'bfloat16'; parameters,
+      gates, quantizers and batch statistics are float32 in any case.
+    accumulate: parts that a batch is cut into, to save memory.  Their
+      gradients are averaged; each part has its own batch statistics.
+    remat: whether to save memory by computing again, on the way back, all but
+      convolutions and matrix products.
 
   Raises:
-    ValueError: the objective distils, but there is no teacher.
+    ValueError: the objective distils, but there is no teacher; an argument
+      out of range.
   """
+  if dtype not in ('float32', 'bfloat16'):
+    raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")
+  if accumulate < 1:
+    raise ValueError(f'accumulate must be at least 1, got {accumulate}')
   if objective.distill and teacher is None:
     raise ValueError(f'distill={objective.distill} needs a teacher')
-  train_graph, params, rest = optim.split(compress.train_view(model))
+  training = compress.train_view(model)
+  if dtype != 'float32':
+    for _, module in nnx.iter_modules(training):
+      if hasattr(module, 'dtype') and hasattr(module, 'param_dtype'):
+        module.dtype = jnp.dtype(dtype)
+  train_graph, params, rest = optim.split(training)
   eval_graph, _, _ = optim.split(compress.eval_view(model))
   teacher_graph = teacher_state = None
   if teacher is not None:
@@ -120,6 +153,8 @@ def init(
     objective,
     teacher_graph,
     isinstance(model, compress.Compressed),
+    accumulate,
+    remat,
   )
   # Copies: a donated state must not take the caller's model along.
   params, rest = jax.tree.map(_strong_copy, (params, rest))

@@ -35,9 +35,7 @@ def train_step(
   key = jax.random.fold_in(state.key, state.step)
   if axis_name is not None:
     key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-  grad_fn = jax.value_and_grad(total_loss, has_aux=True)
-  (loss, aux), grads = grad_fn(state.params, state, batch, key)
-  rest, control, metrics = aux
+  (loss, (rest, control, metrics)), grads = _gradients(state, batch, key)
   if axis_name is not None:
     loss, grads, rest, metrics = _mean_over(
       axis_name, (loss, grads, rest, metrics)
@@ -62,6 +60,48 @@ def train_step(
     bad_steps=state.bad_steps + ~good,
   )
   return state, metrics | {'loss': loss, 'bad_steps': state.bad_steps}
+
+
+def _gradients(state: state_lib.TrainState, batch: state_lib.Batch, key):
+  """((loss, (rest, controller, metrics)), gradients) of a whole batch."""
+  program = state.program
+  loss = total_loss
+  if program.remat:
+    loss = jax.checkpoint(loss, policy=_is_product)
+  grad_fn = jax.value_and_grad(loss, has_aux=True)
+  if program.accumulate == 1:
+    return grad_fn(state.params, state, batch, key)
+
+  # Every k-th example, not the k-th stretch, so that each device finds its
+  # part of each part among its own examples.
+  parts = jax.tree.map(
+    lambda x: jnp.swapaxes(
+      x.reshape(-1, program.accumulate, *x.shape[1:]), 0, 1
+    ),
+    batch,
+  )
+
+  def one(rest, part):
+    number, batch = part
+    found = grad_fn(
+      state.params,
+      dataclasses.replace(state, rest=rest),
+      batch,
+      jax.random.fold_in(key, number),
+    )
+    (loss, (rest, control, metrics)), grads = found
+    return rest, (loss, control, metrics, grads)
+
+  numbers = jnp.arange(program.accumulate)
+  rest, found = jax.lax.scan(one, state.rest, (numbers, parts))
+  # The controller looks at parameters alone: all parts tell it the same.
+  loss, control, metrics, grads = jax.tree.map(lambda x: x.mean(0), found)
+  return (loss, (rest, control, metrics)), grads
+
+
+def _is_product(primitive, *_, **__) -> bool:
+  """What is kept for the way back; the rest is cheap to compute again."""
+  return primitive in (jax.lax.conv_general_dilated_p, jax.lax.dot_general_p)
 
 
 def _mean_over(axis_name, tree):
