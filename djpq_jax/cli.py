@@ -81,6 +81,11 @@ def _parser() -> argparse.ArgumentParser:
     '--overwrite', action='store_true', help='discard what the workdir holds'
   )
   command.add_argument(
+    '--dry-run',
+    action='store_true',
+    help='check all, say what would be done and what memory it takes, and stop',
+  )
+  command.add_argument(
     '--distributed',
     action='store_true',
     help='join the other processes, which the cluster tells (TPU, SLURM, ...)',
@@ -132,6 +137,9 @@ def _train(args) -> None:
   if args.distributed or args.coordinator:
     parallel.start(args.coordinator, args.process_count, args.process_index)
   first = parallel.is_first()
+  if args.dry_run:
+    _print_preview(experiment.preview(config), rich.console.Console())
+    return
   work = workdir.Workdir(pathlib.Path(args.workdir), config)
   work.check(overwrite=args.overwrite)
   console = rich.console.Console(quiet=not first)
@@ -160,6 +168,38 @@ def _train(args) -> None:
     )
   if first:
     _finish(report, work.path, console)
+
+
+def _print_preview(found: dict[str, Any], console) -> None:
+  height, width, channels = found['image_shape']
+  budget = 'none; the coefficients decide'
+  if found['budget']:
+    bops = found['budget'] * found['float_bops']
+    budget = f'{found["budget"]:.3%} of them, {bops:,.0f}'
+  steps = ', '.join(
+    f'{count:,} {name}' for name, count in found['steps'].items()
+  )
+  rows = [
+    ('model', f'{found["model"]}, {found["parameters"]:,} parameters'),
+    ('MACs', f'{found["float_macs"]:,}'),
+    ('BOPs', f'{found["float_bops"]:,} (32 x 32 bits)'),
+    ('budget', budget),
+    (
+      'channels',
+      f'{found["prunable_groups"]} of {found["groups"]} groups can be pruned; '
+      'djpq inspect lists them',
+    ),
+    (
+      'data',
+      f'{found["data"]}: {found["train_images"]:,} images to train, '
+      f'{found["test_images"]:,} to test, {height} x {width} x {channels}',
+    ),
+    ('steps', f'{steps}, of {found["batch_size"]} images'),
+    ('devices', f'{found["devices"]} x {found["device_kind"]}'),
+    ('memory', f'{found["step_bytes"] / 2**20:,.0f} MiB on each for a step'),
+  ]
+  for name, text in rows:
+    console.print(f'{name:<10}{text}', soft_wrap=True, highlight=False)
 
 
 def _finish(report: dict[str, Any], folder: pathlib.Path, console) -> None:
@@ -207,9 +247,7 @@ class _Bars:
     """Moves the bar of a phase."""
     if self._console.quiet:
       return
-    note = f'loss {metrics["task_loss"]:.3f}'
-    if phase == 'search':
-      note += f'  BOPs {metrics["relative_bops"]:.3%}'
+    note = _note(phase, metrics)
     if not self._console.is_terminal:
       tenth = 10 * step // steps
       if tenth > self._tenths.get(phase, 0):
@@ -221,6 +259,17 @@ class _Bars:
         PHASES[phase], total=steps, note=''
       )
     self._progress.update(self._tasks[phase], completed=step, note=note)
+
+
+def _note(phase: str, metrics: dict) -> str:
+  """What is worth knowing while one waits."""
+  note = f'loss {metrics["task_loss"]:.3f}'
+  if phase == 'search':
+    note += f'  BOPs {metrics["relative_bops"]:.3%}'
+    bits = metrics['mean_weight_bits'], metrics['mean_act_bits']
+    note += '  bits {:.1f}/{:.1f}'.format(*bits)
+    note += f'  channels {metrics["kept_fraction"]:.0%}'
+  return note + f'  {metrics["images_per_second"]:,.0f} images/s'
 
 
 def _inspect(args) -> None:
@@ -307,12 +356,14 @@ def _print_inspection(found: dict[str, Any], console) -> None:
 def _evaluate(args) -> None:
   manifest = checkpoint.read_manifest(args.artifact)
   model = experiment.load_artifact(args.artifact)
-  name = args.data or manifest.get('measured_on', {}).get('data')
+  measured_on = manifest.get('measured_on', {})
+  name = args.data or measured_on.get('data')
   if not name:
     raise ValueError(
       f'{args.artifact} does not say what it was measured on; give --data'
     )
-  _, split = data.load(name, data_dir=args.data_dir)
+  kwargs = {} if args.data else measured_on.get('kwargs', {})
+  _, split = data.load(name, data_dir=args.data_dir, **kwargs)
   shape = split.images.shape[1:]
   if list(shape) != manifest['input_shape']:
     raise ValueError(

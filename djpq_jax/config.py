@@ -24,6 +24,7 @@ def default() -> ml_collections.ConfigDict:
       'data': {
         'name': '',  # see djpq_jax.data
         'dir': '',  # where a data set that is not bundled was prepared
+        'kwargs': {},  # of its source, as {'size': 160}
       },
       'model': {
         'name': '',  # see djpq_jax.models
@@ -68,6 +69,7 @@ def default() -> ml_collections.ConfigDict:
         'optimizer': _optimizer(),
       },
       'checkpoint_every': 500,  # steps; 0 for only at the end of a phase
+      'tensorboard': False,  # event files beside metrics.jsonl
       'statistics_batches': 16,  # batch norm is re-estimated on these
     }
   )
@@ -181,7 +183,7 @@ def _update(config, given, prefix: str) -> None:
     nested = isinstance(config[key], ml_collections.ConfigDict)
     if nested and not hasattr(value, 'items'):
       raise ConfigError(f'{name} has fields of its own, got {value!r}')
-    if name == 'model.kwargs':
+    if name in ('model.kwargs', 'data.kwargs'):
       config[key] = ml_collections.ConfigDict({**config[key], **value})
     elif name == 'rules':
       config[key] = _pairs(value)

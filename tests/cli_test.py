@@ -247,7 +247,13 @@ def test_overwrite_with_few_choices_of_bits(finished, config, tmp_path, capsys):
     assert row['weight_bits'] in choices
     assert row['act_bits'] in choices
   names = {f.name for f in workdir.iterdir()}
-  assert names == {'artifact', 'config.json', 'layers.png', 'report.json'}
+  assert names == {
+    'artifact',
+    'config.json',
+    'layers.png',
+    'metrics.jsonl',
+    'report.json',
+  }
   assert 'curves.png' not in capsys.readouterr().out
 
 
@@ -295,6 +301,35 @@ def test_a_workdir_that_is_a_file(config, tmp_path, capsys):
   said = refused(capsys, 'train', '--config', config, '--workdir', str(path))
   assert 'is a file, not a folder' in said
   assert path.read_text() == 'mine'
+
+
+def test_dry_run(config, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(train, 'fit', None)
+  workdir = tmp_path / 'run'
+  args = ['train', '--config', config, '--workdir', str(workdir), '--dry-run']
+  assert cli.main(args) == 0
+  printed = capsys.readouterr().out
+  for text in (
+    f'{9 * 6 + 2 * 6 + 96 * 3 + 3} parameters',
+    f'{1024 * (16 * 9 * 6 + 96 * 3):,} (32 x 32 bits)',
+    '2.000% of them',
+    'tiny: 96 images to train, 50 to test, 4 x 4 x 1',
+    '60 float, 120 search, 30 finetune, of 32 images',
+    '1 x cpu',
+    'MiB on each for a step',
+  ):
+    assert text in printed
+  assert not workdir.exists()
+  assert 'cannot be reached' in refused(capsys, *args, '--set', 'budget=1e-6')
+
+
+def test_progress_tells_what_is_worth_knowing():
+  row = {'task_loss': 0.5, 'images_per_second': 1234.5}
+  assert cli._note('float', row) == 'loss 0.500  1,234 images/s'
+  row |= {'relative_bops': 0.02, 'kept_fraction': 0.5}
+  row |= {'mean_weight_bits': 3.25, 'mean_act_bits': 4.0}
+  note = cli._note('search', row)
+  assert note.startswith('loss 0.500  BOPs 2.000%  bits 3.2/4.0  channels 50%')
 
 
 def test_a_config_that_is_missing(tmp_path, capsys):

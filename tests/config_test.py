@@ -125,6 +125,7 @@ def test_mistakes_in_a_file(write, line, message):
     ('uniform_bits=4', 'uniform_bits takes a tuple, got 4'),
     ('search=3', 'search has fields of its own, got 3'),
     ('model.kwargs=3', 'model.kwargs has fields of its own, got 3'),
+    ('data.kwargs=3', 'data.kwargs has fields of its own, got 3'),
     ('rules=3', 'rules takes dicts in a list, got 3'),
     ('rules=["conv"]', "rules takes dicts in a list, got ['conv']"),
     ('budget', "'budget' is not of the form field=value"),

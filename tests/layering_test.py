@@ -58,6 +58,7 @@ TABLE = (
   # A model at rest, on data.
   Row('evaluation', 'compress data', 'jax numpy flax.nnx'),
   Row('train', 'ABOVE', 'jax numpy optax flax.nnx chex orbax'),
+  Row('metrics', '', 'tensorboardX'),
   # One experiment, from a config to a report: composition and nothing else.
   Row('experiment', 'ABOVE', 'jax numpy optax flax.nnx ml_collections'),
   # The folder of an experiment, and the signals that stop one.

@@ -15,10 +15,13 @@ from typing import Any
 from djpq_jax import allocate
 from djpq_jax import evaluation
 from djpq_jax import harden
+from djpq_jax import metrics
+from djpq_jax import parallel
 from djpq_jax import train
 from djpq_jax.experiment import deployment
 from djpq_jax.experiment import methods
 from djpq_jax.experiment import phases
+from djpq_jax.experiment import preview as preview_lib
 from djpq_jax.experiment import setting
 from djpq_jax.experiment.deployment import load_artifact
 from djpq_jax.experiment.methods import METHODS
@@ -30,6 +33,7 @@ __all__ = [
   'dense_structure',
   'float_model',
   'load_artifact',
+  'preview',
   'rules_of',
   'run',
 ]
@@ -40,6 +44,16 @@ def float_model(config, progress: setting.Progress | None = None):
   this = setting.prepare(config, progress)
   model = phases.train_float(this, setting.dense_model(this))
   return model, evaluation.evaluate(model, this.test_split)
+
+
+def preview(config) -> dict[str, Any]:
+  """Checks a config and tells what it will be, see `preview.preview`.
+
+  Raises:
+    ValueError: the config cannot work, as `run` would say.
+  """
+  this, model = _prepared(config, None)
+  return preview_lib.preview(this, model)
 
 
 def run(
@@ -78,19 +92,15 @@ def run(
   """
   start = time.monotonic()
   workdir = pathlib.Path(workdir)
-  if config.method not in METHODS:
-    raise ValueError(
-      f'unknown method {config.method!r}; there are {", ".join(METHODS)}'
-    )
-  this = setting.prepare(config, progress)
-  model = setting.dense_model(this)
-  _check(this, model)
+  this, model = _prepared(config, progress)
   if ready is not None:
     ready()
   this.stop = stop
   if trained is None:
     workdir.mkdir(parents=True, exist_ok=True)
     this.workdir = workdir
+    if parallel.is_first():
+      this.log = metrics.Log(workdir, tensorboard=config.tensorboard)
   model = trained or phases.train_float(this, model)
   float_accuracy = evaluation.evaluate(model, this.test_split)
   net = METHODS[config.method](this, model)
@@ -99,8 +109,22 @@ def run(
   if config.method == 'uniform':  # has nothing to search: equal epochs
     epochs += config.search.epochs
   net = phases.finetune(this, net, model, epochs=epochs)
+  if this.log is not None:
+    this.log.close()
   hardened = harden.harden(net)
   return deployment.deploy(this, hardened, workdir, float_accuracy, start)
+
+
+def _prepared(config, progress):
+  """The data and the dense model of a config that has passed its checks."""
+  if config.method not in METHODS:
+    raise ValueError(
+      f'unknown method {config.method!r}; there are {", ".join(METHODS)}'
+    )
+  this = setting.prepare(config, progress)
+  model = setting.dense_model(this)
+  _check(this, model)
+  return this, model
 
 
 def _check(run: setting.Run, model) -> None:

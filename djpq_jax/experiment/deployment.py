@@ -38,7 +38,11 @@ def deploy(run: setting.Run, hardened, workdir, float_accuracy, start):
       more={
         'accuracy': evaluation.accuracy(before, run.test_split),
         'float_accuracy': float_accuracy,
-        'measured_on': {'data': config.data.name, 'images': len(before)},
+        'measured_on': {
+          'data': config.data.name,
+          'kwargs': config.data.kwargs.to_dict(),
+          'images': len(before),
+        },
       },
     )
   parallel.wait('artifact')

@@ -6,6 +6,7 @@ compressed and frozen anew from the states of the phases before, which gives
 the same bits, and only what is missing is trained.
 """
 
+import time
 from typing import Any
 
 from flax import nnx
@@ -34,9 +35,11 @@ def _phase(
     row = {'phase': name, 'step': run.steps_done + step, **metrics}
     rows.append({k: _plain(v) for k, v in row.items()})
     run.record(rows[-1:])
-    run.progress(name, step, steps, metrics)
+    # Not a part of the history, which is the same whenever it is made.
+    speed = {'images_per_second': clock.rate(step) * run.config.batch_size}
+    run.progress(name, step, steps, metrics | speed)
 
-  spread, step_fn, place = _spread(run)
+  to_devices, step_fn, place = spread(run)
 
   def fit(state, save=None):
     return train.fit(
@@ -52,7 +55,8 @@ def _phase(
       place=place,
     )
 
-  state = spread(state)
+  state = to_devices(state)
+  clock = _Clock(int(state.step))
   if run.workdir is None or not steps:
     state = fit(state)
   else:
@@ -61,13 +65,26 @@ def _phase(
       state, before = checkpoints.restore(state)
       rows += before
       run.record(before)
+      clock = _Clock(int(state.step))
       state = fit(state, lambda state: checkpoints.save(state, rows))
   run.steps_done += steps
   run.phases_done += 1
   return parallel.gather(state)
 
 
-def _spread(run: setting.Run):
+class _Clock:
+  """Steps per second between looks, the first compilation included."""
+
+  def __init__(self, step: int):
+    self._step, self._time = step, time.monotonic()
+
+  def rate(self, step: int) -> float:
+    before, self._step = self._step, step
+    then, self._time = self._time, time.monotonic()
+    return (step - before) / max(self._time - then, 1e-9)
+
+
+def spread(run: setting.Run):
   """How a state and a batch get to the devices, and what steps there."""
   mesh, wrapper = run.mesh(), run.config.step.wrapper
   if mesh.size == 1 and wrapper == 'jit':
@@ -131,8 +148,21 @@ def search(
   epochs: float,
 ):
   """Learns channels and bits; a controller leads them to the budget."""
-  phase = run.config.search
   steps = run.steps(epochs)
+  state = search_state(run, model, teacher, budget=budget, steps=steps)
+  return train.model_of(_phase(run, 'search', state, steps))
+
+
+def search_state(
+  run: setting.Run,
+  model: compress.Compressed,
+  teacher,
+  *,
+  budget: float | None,
+  steps: int,
+) -> train.TrainState:
+  """The state that a search begins with."""
+  phase = run.config.search
   controller = None
   if budget:
     controller = budget_lib.Controller(
@@ -151,7 +181,7 @@ def search(
     controller=controller,
     ramp_steps=round(phase.ramp * steps),
   )
-  state = train.init(
+  return train.init(
     model,
     objective,
     _optimizer(phase, max(1, steps)),
@@ -159,7 +189,6 @@ def search(
     teacher=teacher if phase.distill else None,
     **_how(run),
   )
-  return train.model_of(_phase(run, 'search', state, steps))
 
 
 def _relative_bops(model):

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from djpq_jax import compress
 from djpq_jax import data
 from djpq_jax import graph as graph_lib
+from djpq_jax import metrics
 from djpq_jax import models
 from djpq_jax import optim
 from djpq_jax import parallel
@@ -34,7 +34,8 @@ class Run:
     train_split: what is trained on.
     test_split: what the results are measured on.
     progress: told about every look at the metrics.
-    workdir: where metrics and checkpoints go; None for neither.
+    workdir: where checkpoints go; None for nowhere.
+    log: where metrics go besides the history.
     stop: asked after every step whether to save and stop.
     history: metrics, one row per look.
     steps_done: of all phases that are finished.
@@ -46,6 +47,7 @@ class Run:
   test_split: data.Split
   progress: Progress
   workdir: pathlib.Path | None = None
+  log: metrics.Log | None = None
   stop: Callable[[], bool] | None = None
   history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   steps_done: int = 0
@@ -103,16 +105,10 @@ class Run:
     return parallel.mesh(devices)
 
   def record(self, rows: list[dict[str, Any]]) -> None:
-    """Adds rows to the history, and to `metrics.jsonl` of the workdir.
-
-    A run that goes on begins the file anew, with what its checkpoints hold.
-    """
-    mode = 'a' if self.history else 'w'
+    """Adds rows to the history and to the log."""
     self.history += rows
-    if self.workdir is not None and parallel.is_first():
-      path = self.workdir / 'metrics.jsonl'
-      with open(path, mode, encoding='utf-8') as file:
-        file.writelines(json.dumps(row) + '\n' for row in rows)
+    if self.log is not None:
+      self.log.write(rows)
 
 
 def prepare(config, progress: Progress | None = None) -> Run:
@@ -131,8 +127,11 @@ def prepare(config, progress: Progress | None = None) -> Run:
   for phase in (config.float, config.search, config.finetune):
     optim.OptimizerConfig(**phase.optimizer)  # checks itself
   _check_step(config)
+  metrics.check(tensorboard=config.tensorboard)
   train_split, test_split = data.load(
-    config.data.name, data_dir=config.data.dir or None
+    config.data.name,
+    data_dir=config.data.dir or None,
+    **config.data.kwargs,
   )
   return Run(config, train_split, test_split, progress or (lambda *_: None))
 

@@ -1,0 +1,70 @@
+"""What an experiment will be, found out before its first step."""
+
+from typing import Any
+
+from flax import nnx
+import jax
+
+from djpq_jax import compress
+from djpq_jax.experiment import phases
+from djpq_jax.experiment import setting
+
+
+def preview(run: setting.Run, model) -> dict[str, Any]:
+  """Sizes of data, model and phases, and the memory of a training step.
+
+  Args:
+    run: prepared.
+    model: the dense model.
+
+  Returns:
+    JSON-ready values.  `step_bytes` is what the compiler says that one
+    device needs for a step of the search (or of finetuning, without one):
+    parameters, optimizer, batch and temporaries.
+  """
+  config = run.config
+  epochs = {
+    'float': config.float.epochs,
+    'search': config.search.epochs,
+    'finetune': config.finetune.epochs,
+  }
+  if config.method == 'uniform':  # has nothing to search
+    epochs['finetune'] += epochs.pop('search')
+  net = phases.compressed(run, model)
+  graph = net.structure.graph
+  leaves = jax.tree.leaves(nnx.as_pure(nnx.state(model, nnx.Param)))
+  return {
+    'model': config.model.name,
+    'parameters': sum(leaf.size for leaf in leaves),
+    'float_macs': graph.float_macs,
+    'float_bops': compress.FLOAT_BITS**2 * graph.float_macs,
+    'budget': config.budget or None,
+    'prunable_groups': len(net.structure.gated),
+    'groups': len(net.structure.groups),
+    'data': config.data.name,
+    'train_images': len(run.train_split),
+    'test_images': len(run.test_split),
+    'image_shape': list(run.train_split.images.shape[1:]),
+    'batch_size': config.batch_size,
+    'devices': run.mesh().size,
+    'device_kind': jax.devices()[0].device_kind,
+    'steps': {name: run.steps(count) for name, count in epochs.items()},
+    'step_bytes': _step_bytes(run, net, model),
+  }
+
+
+def _step_bytes(run: setting.Run, net, model) -> int:
+  """Memory of one step on one device, as it is compiled for it."""
+  state = phases.search_state(
+    run, net, model, budget=run.config.budget or None, steps=1
+  )
+  to_devices, step_fn, place = phases.spread(run)
+  batch = run.batches(0, share=True)(0)
+  state, batch = to_devices(state), place(batch) if place else batch
+  found = step_fn.lower(state, batch).compile().memory_analysis()
+  return int(
+    found.argument_size_in_bytes
+    + found.temp_size_in_bytes
+    + found.output_size_in_bytes
+    - found.alias_size_in_bytes
+  )
