@@ -21,7 +21,7 @@ TREE_MODE_TESTS = $(wildcard tests/graph* tests/layers* tests/train*)
 help:
 	@echo 'make demo    train, compress, harden and evaluate on real digits'
 	@echo 'make test    lint, types, tests and doctests'
-	@echo 'make lint    ruff and mypy'
+	@echo 'make lint    ruff, mypy and shellcheck'
 	@echo 'make format  rewrite the code in the house style'
 	@echo 'make wheel   build the wheel and the sdist into dist/'
 	@echo 'make clean   remove build outputs and caches; keeps .venv and runs'
@@ -41,6 +41,7 @@ lint: .venv/.dev-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck -x .ci/run launch/*.sh
 
 format: .venv/.dev-installed
 	$(BIN)/ruff check --fix .
