@@ -41,6 +41,10 @@ def contestants(budgets):
   for budget in budgets:
     at = f'@{budget:.3%}'
     rows[f'DJPQ {at}'] = {'budget': budget}
+    rows[f'DJPQ-restrict {at}'] = {
+      'budget': budget,
+      'bit_choices': (2, 4, 8, 16, 32),
+    }
     rows[f'two-stage {at}'] = {'method': 'two_stage', 'budget': budget}
     rows[f'bits only {at}'] = {'budget': budget, 'rules': NO_PRUNING}
   return rows

@@ -102,6 +102,9 @@ class Quantizer(nnx.Module):
     learn_exponent: whether to learn t (else it stays 1).
     fixed: whether `bits` stay as they are.
     exponent: t to begin with.
+    choices: bits that the grid may have, or () for any.  The learned bits go
+      to the nearest of them (in octaves), with a straight-through gradient
+      [DJPQ-restrict].
   """
 
   def __init__(
@@ -114,11 +117,13 @@ class Quantizer(nnx.Module):
     learn_exponent: bool = False,
     fixed: bool = False,
     exponent: float = 1.0,
+    choices: Sequence[float] = (),
   ):
     clip = jnp.asarray(clip, jnp.float32)
     self.signed = signed
     self.bounds = (float(bounds[0]), float(bounds[1]))
     self.fixed_bits = float(bits) if fixed else None
+    self.choices = tuple(sorted(map(float, choices)))
     self.log_clip = QuantParam(jnp.log(clip))
     self.log_exponent = nnx.data(None)
     self.log_step = nnx.data(None)
@@ -146,7 +151,21 @@ class Quantizer(nnx.Module):
     assert self.log_step is not None
     low, high = (log_range - np.log(self._levels(b)) for b in self.bounds[::-1])
     log_step = bounded(self.log_step[...], low, high)
+    if self.choices:
+      log_step += jax.lax.stop_gradient(
+        self._allowed_log_step(log_range, log_step) - log_step
+      )
     return jnp.exp(log_step), clip, exponent
+
+  def _allowed_log_step(self, log_range, log_step):
+    """The log step of the allowed bits that are nearest in octaves."""
+    bits = jnp.log2(jnp.exp(log_range - log_step) + 1.0) + float(self.signed)
+    choices = np.array(self.choices, np.float32)
+    # From the geometric mean of two choices on, the larger one is nearer.
+    edges = np.sqrt(choices[1:] * choices[:-1])
+    index = jnp.searchsorted(edges, bits)
+    levels = np.array([self._levels(b) for b in self.choices], np.float32)
+    return log_range - jnp.log(levels)[index]
 
   def _levels(self, bits: float) -> float:
     return 2.0 ** (bits - self.signed) - 1.0

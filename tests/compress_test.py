@@ -378,25 +378,19 @@ def test_without_quantizers_and_with_new_gates_nothing_changes():
   assert float(cost.bops(uses)) == cost.float_bops(uses)
 
 
-@pytest.mark.parametrize(
-  ('name', 'shapes'),
-  [
-    ('chain', dict(conv1=(1, 1, 1, 8), conv2=(1, 1, 1, 6), head=(1, 5))),
-    ('transposed_kernel', dict(up1=(1, 1, 4, 1), up2=(1, 1, 3, 1))),
-    ('inverted_residual', dict(dw=(1, 1, 1, 12))),
-  ],
-)
-def test_one_grid_per_output_channel(name, shapes):
+def test_while_bits_are_searched_a_kernel_has_one_grid():
   rule = compress.Rule(pattern='*', per_channel=True)
-  net = built(name).assemble(rule)
-  modules = compress.layer_modules(built(name).model)
-  for path, shape in shapes.items():
-    weight = operands_of(net)[path].weight
-    kernel = np.abs(np.asarray(modules[path].kernel[...]))
-    axes = tuple(a for a, n in enumerate(shape) if n == 1)
-    assert weight.log_clip.shape == weight.log_step.shape == shape
-    want = kernel.max(axis=axes, keepdims=True)
-    np.testing.assert_allclose(np.exp(weight.log_clip[...]), want, rtol=1e-6)
+  net = built('chain').assemble(rule)
+  for operands in operands_of(net).values():
+    assert operands.weight.log_clip.shape == ()
+    assert operands.weight.log_step.shape == ()
+
+
+def test_bits_can_be_restricted():
+  net = built('chain').assemble(compress.Rule(pattern='*', act_bits=(2, 8)))
+  compress.restrict(net, (2, 4, 8, 16, 32))
+  for operands in operands_of(net).values():
+    assert operands.weight.choices == operands.act.choices == (2.0, 4.0, 8.0)
 
 
 @standard_promotion
@@ -706,6 +700,7 @@ def test_the_clip_has_the_least_squared_error(bits):
   [
     ('transposed_kernel', False),
     ('inverted_residual', True),
+    ('chain', True),
   ],
 )
 def test_grids_per_channel_are_fitted_and_go_with_their_channels(name, pruned):

@@ -166,6 +166,43 @@ def test_one_clip_per_channel_is_one_quantizer_per_channel():
   np.testing.assert_allclose(q.bits(), 1 + np.log2(7), rtol=1e-6)
 
 
+def test_restricted_bits_are_the_nearest_in_octaves():
+  for bits, want in (
+    (2.0, 2),
+    (2.8, 2),
+    (2.9, 4),
+    (5.6, 4),
+    (5.7, 8),
+    (8.0, 8),
+  ):
+    q = layers.Quantizer(
+      1.5, bits, signed=True, bounds=(2, 8), choices=(4, 2, 8)
+    )
+    np.testing.assert_allclose(q.bits(), want, rtol=1e-5)
+    x = _normal(100)
+    plain = layers.Quantizer(1.5, want, signed=True, bounds=(2, 8))
+    np.testing.assert_allclose(q(x), plain(x), atol=1e-6)
+
+
+def test_restricted_bits_pass_gradients_straight_through():
+  kwargs = dict(signed=False, bounds=(2, 8))
+  free = layers.Quantizer(1.5, 4.0, **kwargs)
+  held = layers.Quantizer(1.5, 4.0, **kwargs, choices=(2, 4, 8))
+  x = _normal(100)
+
+  def gradient(q):
+    graphdef, state = nnx.split(q)
+    f = lambda s: (
+      nnx.merge(graphdef, s)(x).sum() + nnx.merge(graphdef, s).bits()
+    )
+    return jax.grad(f)(nnx.as_pure(state))
+
+  expected, found = gradient(free), gradient(held)
+  assert float(expected['log_step']) != 0
+  for name, value in expected.items():
+    np.testing.assert_allclose(found[name], value, rtol=1e-4)
+
+
 # -- Quantizer: the gradients -------------------------------------------------
 
 

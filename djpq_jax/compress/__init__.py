@@ -12,6 +12,7 @@ from djpq_jax.compress.attach import assemble as assemble
 from djpq_jax.compress.attach import attach_operands as attach_operands
 from djpq_jax.compress.attach import calibrate as calibrate
 from djpq_jax.compress.attach import compress as compress
+from djpq_jax.compress.attach import restrict as restrict
 from djpq_jax.compress.frozen import fold_gates as fold_gates
 from djpq_jax.compress.frozen import freeze as freeze
 from djpq_jax.compress.structure import MAX_BITS as MAX_BITS

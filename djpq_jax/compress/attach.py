@@ -1,6 +1,6 @@
 """Attaches gates and quantizers to a copy of any nnx model."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from flax import nnx
 import jax
@@ -60,10 +60,9 @@ def assemble(
     settings = structure.layers[path]
     if not settings.quantize:
       return None
-    out_axis = structure.graph.layers[path].out_axis
     kernel = modules[path].kernel[...]
     return layers.Quantizer(
-      _weight_clip(kernel, out_axis if settings.per_channel else None),
+      weight_clip(kernel),
       float(np.clip(bits, *settings.weight_bits)),
       signed=True,
       bounds=settings.weight_bits,
@@ -114,12 +113,29 @@ def attach_operands(
     modules[path].promote_dtype = nnx.data(operands)
 
 
-def _weight_clip(kernel, out_axis: int | None):
+def weight_clip(kernel, out_axis: int | None = None):
+  """The largest magnitude of a kernel, or of each of its output channels."""
   axes = tuple(a for a in range(kernel.ndim) if a != out_axis)
   if out_axis is None:
     axes = tuple(range(kernel.ndim))
   largest = jnp.max(jnp.abs(kernel), axis=axes, keepdims=out_axis is not None)
   return jnp.where(largest > 0, largest, 1.0)
+
+
+def restrict(model: wrapped.Compressed, choices: Sequence[int]) -> None:
+  """Lets a model that is searched have no other bits than these, in place.
+
+  Args:
+    model: compressed, and not frozen.
+    choices: allowed bits, as (2, 4, 8, 16, 32); where they leave a layer
+      nothing within its bounds, `allocate.plan` refuses them.
+  """
+  for _, _, operands in wrapped.hooks(model):
+    for quantizer in (operands.weight, operands.act):
+      if quantizer is not None:
+        low, high = quantizer.bounds
+        within = [float(b) for b in choices if low <= b <= high]
+        quantizer.choices = tuple(sorted(within))
 
 
 def _act_quantizer(settings, bits, clip, *, signed) -> layers.Quantizer:

@@ -3,7 +3,6 @@
 import dataclasses
 
 from flax import nnx
-import jax.numpy as jnp
 import numpy as np
 
 from djpq_jax import graph as graph_lib
@@ -40,9 +39,6 @@ def freeze(
     gates.append(layers.Gate(int(mask.sum()), scale=scale, noisy=False))
   frozen = wrapped.Compressed(inner, gates, structure)
   found = {path: operands for path, _, operands in wrapped.hooks(frozen)}
-  masks = structure_lib.open_masks(structure)
-  for path, operands in found.items():
-    _cut_grids(operands.weight, structure.graph.layers[path], masks)
   attach.attach_operands(
     inner, structure, lambda p: found[p].weight, lambda p: found[p].act
   )
@@ -50,8 +46,11 @@ def freeze(
   for path, module, operands in wrapped.hooks(frozen):
     if operands.weight is None:
       continue
+    kernel, clip = module.kernel[...], None
+    if structure.layers[path].per_channel:
+      clip = attach.weight_clip(kernel, structure.graph.layers[path].out_axis)
     operands.weight = nnx.data(
-      _fixed(operands.weight, plan.weight_bits[path], module.kernel[...])
+      _fixed(operands.weight, plan.weight_bits[path], kernel, clip=clip)
     )
     operands.act = nnx.data(
       _fixed(operands.act, plan.act_bits[path], *inputs[path])
@@ -59,21 +58,10 @@ def freeze(
   return frozen
 
 
-def _cut_grids(quantizer: layers.Quantizer | None, layer, masks) -> None:
-  """Drops the grids of removed output channels, where each has its own."""
-  if quantizer is None or not quantizer.log_clip.ndim:
-    return
-  channels = zip(layer.out_group, layer.out_channel)
-  kept = np.flatnonzero([g < 0 or masks[g][c] for g, c in channels])
-  for param in (quantizer.log_clip, quantizer.log_step):
-    assert param is not None  # nothing is fixed before it is cut
-    param.set_value(jnp.take(param[...], kept, axis=layer.out_axis))
-
-
-def _fixed(quantizer, bits: int, *tensors) -> layers.Quantizer:
-  """The quantizer at `bits`, its clip the one of least squared error."""
-  _, clip, exponent = quantizer.grid()
-  clip = np.asarray(clip)
+def _fixed(quantizer, bits: int, *tensors, clip=None) -> layers.Quantizer:
+  """The quantizer at `bits`, its clip (or clips) of least squared error."""
+  _, found, exponent = quantizer.grid()
+  clip = np.asarray(found if clip is None else clip)
   if quantizer.log_exponent is None:  # else the grid is no copy of the tensor
     clip = _best_clip(clip, 2.0 ** (bits - quantizer.signed) - 1, tensors)
   return layers.Quantizer(

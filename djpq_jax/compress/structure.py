@@ -30,7 +30,8 @@ class Rule:
     align: kept channels come in multiples of this.
     min_channels: channels that are always kept.  Default: an eighth.
     exponent: whether the kernel's quantizer learns an exponent.  Default: no.
-    per_channel: one weight grid per output channel instead of one per kernel.
+    per_channel: one weight grid per output channel instead of one per kernel,
+      from the freeze on; while bits are searched a kernel has one.
   """
 
   pattern: str

@@ -16,6 +16,7 @@ def djpq(run: setting.Run, model) -> compress.Compressed:
   config = run.config
   budget, choices = config.budget or None, config.bit_choices or None
   net = phases.compressed(run, model)
+  compress.restrict(net, config.bit_choices)
   net = phases.search(
     run, net, model, budget=budget, epochs=config.search.epochs
   )
@@ -39,6 +40,7 @@ def two_stage(run: setting.Run, model) -> compress.Compressed:
   left = allocate.relative_bops(structure, first)
   pruned = compress.fold_gates(compress.freeze(net, first, run.sample()))
   net = phases.compressed(run, pruned, [UNPRUNED])
+  compress.restrict(net, config.bit_choices)
   budget = config.budget / left
   net = phases.search(run, net, model, budget=budget, epochs=epochs)
   second = allocate.plan(net, budget, config.bit_choices or None)
