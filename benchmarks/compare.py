@@ -144,6 +144,8 @@ def main():
       except ValueError as error:  # as a budget that bits alone cannot reach
         print(f'seed {seed}: {name}: {error}', flush=True)
         continue
+      if args.out.exists():  # another process may work on other seeds
+        result = json.loads(args.out.read_text())
       result['runs'].append(run)
       args.out.parent.mkdir(parents=True, exist_ok=True)
       args.out.write_text(json.dumps(result, indent=1) + '\n')
