@@ -32,11 +32,12 @@ CONTROLS = {
   'W3A3': {'method': 'uniform', 'uniform_bits': (3, 3)},
   'W2A2': {'method': 'uniform', 'uniform_bits': (2, 2)},
 }
-NO_PRUNING = ({'pattern': '*', 'prune': False},)
+NO_PRUNING = {'pattern': '*', 'prune': False}
 
 
-def contestants(budgets):
-  """Name -> config overrides."""
+def contestants(base, budgets):
+  """Name -> what changes in the config `base`."""
+  rules = [dict(rule) for rule in base.rules]
   rows = dict(CONTROLS)
   for budget in budgets:
     at = f'@{budget:.3%}'
@@ -46,7 +47,10 @@ def contestants(budgets):
       'bit_choices': (2, 4, 8, 16, 32),
     }
     rows[f'two-stage {at}'] = {'method': 'two_stage', 'budget': budget}
-    rows[f'bits only {at}'] = {'budget': budget, 'rules': NO_PRUNING}
+    rows[f'bits only {at}'] = {
+      'budget': budget,
+      'rules': [*rules, NO_PRUNING],
+    }
   return rows
 
 
@@ -122,7 +126,7 @@ def main():
   parser.add_argument('--out', required=True, type=pathlib.Path)
   args = parser.parse_args()
   base = config_lib.load(args.config, args.set)
-  rows = contestants(args.budgets or [base.budget])
+  rows = contestants(base, args.budgets or [base.budget])
   result = {'environment': environment(), 'config': args.config, 'runs': []}
   if args.out.exists():
     result = json.loads(args.out.read_text())
