@@ -12,7 +12,7 @@ def get_config():
   config.model.name = 'digits_cnn'
   config.augment.shift = 1
   config.budget = 0.002
-  # The last layer is cheap, and every error in it is one in the result.
+  # What the last layer rounds away no later layer can mend.
   config.rules = (
     {'pattern': 'linear', 'weight_bits': (6, 8), 'act_bits': (6, 8)},
   )
