@@ -53,10 +53,7 @@ def one(config, fold: int, folds: int, model) -> dict:
   """Compresses a float model; errors on the images that were held out."""
   run = prepare(config, fold, folds)
   net = methods.METHODS[config.method](run, model)
-  epochs = config.finetune.epochs
-  if config.method == 'uniform':
-    epochs += config.search.epochs
-  hardened = harden.harden(phases.finetune(run, net, model, epochs=epochs))
+  hardened = harden.harden(phases.finetune(run, net, model))
   right = evaluation.evaluate(hardened, run.test_split)
   images = len(run.test_split)
   return {'errors': round((1 - right) * images), 'images': images}

@@ -134,15 +134,16 @@ def _add_config(command: argparse.ArgumentParser) -> None:
 
 def _train(args) -> None:
   config = config_lib.load(args.config, args.set)
-  if args.distributed or args.coordinator:
-    parallel.start(args.coordinator, args.process_count, args.process_index)
+  processes = args.coordinator, args.process_count, args.process_index
+  if args.distributed or processes != (None, None, None):
+    parallel.start(*processes)
   first = parallel.is_first()
-  if args.dry_run:
-    _print_preview(experiment.preview(config), rich.console.Console())
-    return
   work = workdir.Workdir(pathlib.Path(args.workdir), config)
   work.check(overwrite=args.overwrite)
   console = rich.console.Console(quiet=not first)
+  if args.dry_run:
+    _print_preview(experiment.preview(config), console)
+    return
   report = None if args.overwrite else work.report()
   if report is not None:
     console.print(f'{work.path} holds this experiment, finished:')

@@ -152,20 +152,20 @@ class Quantizer(nnx.Module):
     low, high = (log_range - np.log(self._levels(b)) for b in self.bounds[::-1])
     log_step = bounded(self.log_step[...], low, high)
     if self.choices:
-      log_step += jax.lax.stop_gradient(
-        self._allowed_log_step(log_range, log_step) - log_step
+      bits = quantize.bit_width(
+        jnp.exp(log_step), clip, exponent, signed=self.signed
       )
+      allowed = log_range - jnp.log(self._nearest_levels(bits))
+      log_step += jax.lax.stop_gradient(allowed - log_step)
     return jnp.exp(log_step), clip, exponent
 
-  def _allowed_log_step(self, log_range, log_step):
-    """The log step of the allowed bits that are nearest in octaves."""
-    bits = jnp.log2(jnp.exp(log_range - log_step) + 1.0) + float(self.signed)
+  def _nearest_levels(self, bits):
+    """Levels of the allowed bits that are nearest in octaves."""
     choices = np.array(self.choices, np.float32)
     # From the geometric mean of two choices on, the larger one is nearer.
     edges = np.sqrt(choices[1:] * choices[:-1])
-    index = jnp.searchsorted(edges, bits)
     levels = np.array([self._levels(b) for b in self.choices], np.float32)
-    return log_range - jnp.log(levels)[index]
+    return jnp.asarray(levels)[jnp.searchsorted(edges, bits)]
 
   def _levels(self, bits: float) -> float:
     return 2.0 ** (bits - self.signed) - 1.0

@@ -65,11 +65,15 @@ class Preemption:
 
   def __init__(self):
     self._asked = 0
+    self._seen = False
 
   def seen(self) -> bool:
-    """Whether to stop now; to be asked equally often in all processes."""
+    """Whether to stop; to be asked equally often in all processes."""
     self._asked += 1
-    return multihost_utils.reached_preemption_sync_point(self._asked)
+    # JAX says it for one step alone, which may be one where nobody can stop.
+    if multihost_utils.reached_preemption_sync_point(self._asked):
+      self._seen = True
+    return self._seen
 
 
 def mesh(devices=None) -> jax.sharding.Mesh:

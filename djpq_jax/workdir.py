@@ -11,6 +11,9 @@ import pathlib
 import shutil
 from typing import Any
 
+CONFIG = 'config.json'
+CLAIMING = 'config.json.partial'
+
 
 class Workdir:
   """A folder that belongs to one experiment.
@@ -27,7 +30,7 @@ class Workdir:
   @property
   def claimed(self) -> bool:
     """Whether the folder belongs to an experiment."""
-    return (self.path / 'config.json').exists()
+    return (self.path / CONFIG).exists()
 
   def check(self, *, overwrite: bool = False) -> None:
     """Refuses a folder of others, and one of another experiment.
@@ -41,26 +44,37 @@ class Workdir:
     """
     if self.path.exists() and not self.path.is_dir():
       raise ValueError(f'{self.path} is a file, not a folder')
-    if not self.path.is_dir() or not any(self.path.iterdir()):
+    if not self.path.is_dir() or not self._found():
       return
     if not self.claimed:
       raise ValueError(
         f'{self.path} already holds files that are no experiment; choose '
         'another workdir'
       )
+    if overwrite:
+      return
     changed = sorted(_differences(self._config_there(), self.config))
-    if changed and not overwrite:
+    if changed:
       raise ValueError(
         f'{self.path} already holds another experiment (it differs in '
         f'{", ".join(changed[:3])}); choose another workdir, or --overwrite'
       )
 
+  def _found(self) -> list[pathlib.Path]:
+    """What is there, but for a claim that was cut off."""
+    return [f for f in self.path.iterdir() if f.name != CLAIMING]
+
   def _config_there(self) -> dict[str, Any]:
     try:
-      found = json.loads((self.path / 'config.json').read_text())
+      found = json.loads((self.path / CONFIG).read_text())
     except (OSError, ValueError):
       found = None
-    return found if isinstance(found, dict) else {'config.json': 'damaged'}
+    if not isinstance(found, dict):
+      raise ValueError(
+        f'{self.path / CONFIG} is damaged, so nobody knows whose folder it is; '
+        'choose another workdir, or --overwrite'
+      )
+    return found
 
   def claim(self, *, overwrite: bool = False) -> None:
     """Makes the folder this experiment's; keeps what it has of it.
@@ -69,13 +83,19 @@ class Workdir:
       overwrite: whether to discard what is there instead.
     """
     if overwrite and self.claimed:
-      shutil.rmtree(self.path)
-    if self.claimed:
+      for path in self._found():
+        if path.name == CONFIG:
+          continue  # stays till the end: it says that all this may go
+        if path.is_dir() and not path.is_symlink():
+          shutil.rmtree(path)
+        else:
+          path.unlink()
+    if self.claimed and not overwrite:
       return
     self.path.mkdir(parents=True, exist_ok=True)
-    partial = self.path / 'config.json.partial'
+    partial = self.path / CLAIMING
     partial.write_text(json.dumps(self.config, indent=1) + '\n')
-    os.replace(partial, self.path / 'config.json')
+    os.replace(partial, self.path / CONFIG)
 
   def report(self) -> dict[str, Any] | None:
     """The report of a finished experiment; None while there is none."""

@@ -32,10 +32,7 @@ RESNET20 += [(256, 9, 16, 32)] + 5 * [(256, 9, 32, 32)]
 RESNET20 += [(64, 9, 32, 64)] + 5 * [(64, 9, 64, 64)] + [(1, 1, 64, 10)]
 
 
-@pytest.fixture(scope='module', autouse=True)
-def registered():
-  with tiny.registered():
-    yield
+pytestmark = pytest.mark.usefixtures('registered')
 
 
 @pytest.fixture(scope='module')

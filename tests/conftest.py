@@ -28,6 +28,15 @@ _STANDARD_PROMOTION = {'cli_test', 'end_to_end_test', 'optim_test'}
 _STANDARD_PROMOTION |= {'train_test', 'parallel_test'}
 
 
+@pytest.fixture(scope='module')
+def registered():
+  """Lets models and data know 'tiny' while a module's tests run."""
+  import tiny  # only now: it imports what is tested
+
+  with tiny.registered():
+    yield
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
   """Covers the fixtures of a test too, whatever their scope."""

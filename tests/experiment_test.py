@@ -16,15 +16,12 @@ from djpq_jax import models
 from djpq_jax import train
 
 # They run whole training loops.
-pytestmark = pytest.mark.standard_promotion
+pytestmark = [
+  pytest.mark.standard_promotion,
+  pytest.mark.usefixtures('registered'),
+]
 
 BUDGET = 0.02
-
-
-@pytest.fixture(scope='module', autouse=True)
-def registered():
-  with tiny.registered():
-    yield
 
 
 @pytest.fixture(scope='module')

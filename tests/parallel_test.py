@@ -17,6 +17,7 @@ import optax
 import pytest
 import tiny
 
+from djpq_jax import cli
 from djpq_jax import compress
 from djpq_jax import config as config_lib
 from djpq_jax import experiment
@@ -165,6 +166,27 @@ def test_how_to_compute_is_checked(how, message):
 def test_a_cluster_is_told_all_or_nothing():
   with pytest.raises(ValueError, match='all of coordinator, process count'):
     parallel.start('localhost:1')
+
+
+@pytest.mark.parametrize(
+  'flag',
+  ['--coordinator=localhost:1', '--process-count=2', '--process-index=0'],
+)
+def test_no_flag_of_a_cluster_is_passed_over(flag, tmp_path, capsys):
+  args = ['train', '--config', 'digits', '--workdir', str(tmp_path / 'run')]
+  assert cli.main([*args, flag]) == 2
+  assert 'needs all of coordinator' in capsys.readouterr().err
+
+
+def test_a_preemption_is_not_forgotten(monkeypatch):
+  """JAX names one step; if it ends a phase, the next phase has to stop."""
+  monkeypatch.setattr(
+    parallel.multihost_utils,
+    'reached_preemption_sync_point',
+    lambda step: step == 3,
+  )
+  preemption = parallel.Preemption()
+  assert [preemption.seen() for _ in range(5)] == [False, False, *[True] * 3]
 
 
 @pytest.mark.parametrize(

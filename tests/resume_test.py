@@ -23,15 +23,12 @@ from djpq_jax import report as report_lib
 from djpq_jax import train
 from djpq_jax import workdir as workdir_lib
 
-pytestmark = pytest.mark.standard_promotion
+pytestmark = [
+  pytest.mark.standard_promotion,
+  pytest.mark.usefixtures('registered'),
+]
 
 STEPS = 3 * (20 + 40 + 10)  # of the whole tiny experiment
-
-
-@pytest.fixture(scope='module', autouse=True)
-def registered():
-  with tiny.registered():
-    yield
 
 
 @pytest.fixture(scope='module')
@@ -258,5 +255,37 @@ def test_claiming_a_workdir(config, tmp_path):
     other.check()
   other.check(overwrite=True)
   (work.path / 'config.json').write_text('{')
-  with pytest.raises(ValueError, match='another experiment'):
+  with pytest.raises(ValueError, match='is damaged, so nobody knows whose'):
     work.check()
+  work.check(overwrite=True)
+  work.claim(overwrite=True)
+  work.check()
+
+
+def test_a_claim_that_was_cut_off(config, tmp_path):
+  work = workdir_lib.Workdir(tmp_path, config)
+  (tmp_path / 'config.json.partial').write_text('{"seed"')
+  work.check()
+  work.claim()
+  assert [f.name for f in tmp_path.iterdir()] == ['config.json']
+
+
+def test_overwriting_that_is_cut_off_can_be_repeated(
+  config, tmp_path, monkeypatch
+):
+  work = workdir_lib.Workdir(tmp_path / 'run', config)
+  work.claim()
+  (work.path / 'artifact').mkdir()
+  (work.path / 'artifact' / 'kernel').touch()
+  (work.path / 'notes').touch()
+
+  def killed(path):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(workdir_lib.shutil, 'rmtree', killed)
+    with pytest.raises(KeyboardInterrupt):
+      work.claim(overwrite=True)
+  assert work.claimed  # so it may still be overwritten
+  work.claim(overwrite=True)
+  assert [f.name for f in work.path.iterdir()] == ['config.json']

@@ -52,8 +52,8 @@ def preview(config) -> dict[str, Any]:
   Raises:
     ValueError: the config cannot work, as `run` would say.
   """
-  this, model = _prepared(config, None)
-  return preview_lib.preview(this, model)
+  this, model, net = _prepared(config, None)
+  return preview_lib.preview(this, model, net)
 
 
 def run(
@@ -92,7 +92,7 @@ def run(
   """
   start = time.monotonic()
   workdir = pathlib.Path(workdir)
-  this, model = _prepared(config, progress)
+  this, model, _ = _prepared(config, progress)
   if ready is not None:
     ready()
   this.stop = stop
@@ -105,10 +105,7 @@ def run(
   float_accuracy = evaluation.evaluate(model, this.test_split)
   net = METHODS[config.method](this, model)
   train.check_alive(net, this.sample())
-  epochs = config.finetune.epochs
-  if config.method == 'uniform':  # has nothing to search: equal epochs
-    epochs += config.search.epochs
-  net = phases.finetune(this, net, model, epochs=epochs)
+  net = phases.finetune(this, net, model)
   if this.log is not None:
     this.log.close()
   hardened = harden.harden(net)
@@ -116,18 +113,17 @@ def run(
 
 
 def _prepared(config, progress):
-  """The data and the dense model of a config that has passed its checks."""
+  """Data, dense and compressed model of a config that has passed its checks."""
   if config.method not in METHODS:
     raise ValueError(
       f'unknown method {config.method!r}; there are {", ".join(METHODS)}'
     )
   this = setting.prepare(config, progress)
   model = setting.dense_model(this)
-  _check(this, model)
-  return this, model
+  return this, model, _check(this, model)
 
 
-def _check(run: setting.Run, model) -> None:
+def _check(run: setting.Run, model):
   """Finds out before the first training whether rules and budget can work."""
   config = run.config
   run.steps(0)  # checks the batch size
@@ -139,3 +135,4 @@ def _check(run: setting.Run, model) -> None:
     whole = phases.compressed(run, model, [methods.UNPRUNED])
     left = config.budget / config.two_stage_macs
     allocate.check_reachable(whole, left, choices)
+  return net

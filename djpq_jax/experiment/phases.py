@@ -24,12 +24,12 @@ from djpq_jax.experiment import setting
 NAMES = ('float', 'search', 'finetune')
 
 
-def _phase(
-  run: setting.Run, name: str, state: train.TrainState, steps: int
-) -> train.TrainState:
-  """Runs one phase to its end, or what is left of it."""
+def _phase(run: setting.Run, name: str, state: train.TrainState, steps: int):
+  """Runs one phase, or what is left of it; returns its model."""
   seed = run.config.seed * 10 + NAMES.index(name)
   rows: list[dict[str, Any]] = []  # of this phase
+
+  clock = _Clock()
 
   def on_log(step, metrics):
     row = {'phase': name, 'step': run.steps_done + step, **metrics}
@@ -42,6 +42,7 @@ def _phase(
   to_devices, step_fn, place = spread(run)
 
   def fit(state, save=None):
+    clock.start(int(state.step))
     return train.fit(
       state,
       run.batches(seed, share=True),
@@ -56,7 +57,6 @@ def _phase(
     )
 
   state = to_devices(state)
-  clock = _Clock(int(state.step))
   if run.workdir is None or not steps:
     state = fit(state)
   else:
@@ -65,22 +65,21 @@ def _phase(
       state, before = checkpoints.restore(state)
       rows += before
       run.record(before)
-      clock = _Clock(int(state.step))
       state = fit(state, lambda state: checkpoints.save(state, rows))
   run.steps_done += steps
   run.phases_done += 1
-  return parallel.gather(state)
+  return train.model_of(parallel.gather(state))
 
 
 class _Clock:
   """Steps per second between looks, the first compilation included."""
 
-  def __init__(self, step: int):
+  def start(self, step: int) -> None:
     self._step, self._time = step, time.monotonic()
 
   def rate(self, step: int) -> float:
-    before, self._step = self._step, step
-    then, self._time = self._time, time.monotonic()
+    before, then = self._step, self._time
+    self.start(step)
     return (step - before) / max(self._time - then, 1e-9)
 
 
@@ -130,7 +129,7 @@ def train_float(run: setting.Run, model):
     seed=run.config.seed,
     **_how(run),
   )
-  return train.model_of(_phase(run, 'float', state, steps))
+  return _phase(run, 'float', state, steps)
 
 
 def compressed(run: setting.Run, model, rules=()) -> compress.Compressed:
@@ -150,7 +149,7 @@ def search(
   """Learns channels and bits; a controller leads them to the budget."""
   steps = run.steps(epochs)
   state = search_state(run, model, teacher, budget=budget, steps=steps)
-  return train.model_of(_phase(run, 'search', state, steps))
+  return _phase(run, 'search', state, steps)
 
 
 def search_state(
@@ -197,12 +196,10 @@ def _relative_bops(model):
   return lambda: losses.relative_bops(nnx.merge(graphdef, pure))
 
 
-def finetune(
-  run: setting.Run, model: compress.Compressed, teacher, *, epochs: float
-):
+def finetune(run: setting.Run, model: compress.Compressed, teacher):
   """Trains what is left, at its bits; then re-estimates batch norm."""
   phase = run.config.finetune
-  steps = run.steps(epochs)
+  steps = run.steps(run.epochs()['finetune'])
   objective = train.Objective(
     smoothing=phase.smoothing,
     distill=phase.distill,
@@ -216,7 +213,7 @@ def finetune(
     teacher=teacher if phase.distill else None,
     **_how(run),
   )
-  model = train.model_of(_phase(run, 'finetune', state, steps))
+  model = _phase(run, 'finetune', state, steps)
   train.check_alive(model, run.sample())
   batch_at = run.batches(run.config.seed * 10 + 9)
   count = run.config.statistics_batches

@@ -10,27 +10,22 @@ from djpq_jax.experiment import phases
 from djpq_jax.experiment import setting
 
 
-def preview(run: setting.Run, model) -> dict[str, Any]:
+def preview(
+  run: setting.Run, model, net: compress.Compressed
+) -> dict[str, Any]:
   """Sizes of data, model and phases, and the memory of a training step.
 
   Args:
     run: prepared.
     model: the dense model.
+    net: what the search would begin with.
 
   Returns:
     JSON-ready values.  `step_bytes` is what the compiler says that one
-    device needs for a step of the search (or of finetuning, without one):
-    parameters, optimizer, batch and temporaries.
+    device needs for a step of the search, the largest there is: parameters,
+    optimizer, batch and temporaries.
   """
   config = run.config
-  epochs = {
-    'float': config.float.epochs,
-    'search': config.search.epochs,
-    'finetune': config.finetune.epochs,
-  }
-  if config.method == 'uniform':  # has nothing to search
-    epochs['finetune'] += epochs.pop('search')
-  net = phases.compressed(run, model)
   graph = net.structure.graph
   leaves = jax.tree.leaves(nnx.as_pure(nnx.state(model, nnx.Param)))
   return {
@@ -48,7 +43,7 @@ def preview(run: setting.Run, model) -> dict[str, Any]:
     'batch_size': config.batch_size,
     'devices': run.mesh().size,
     'device_kind': jax.devices()[0].device_kind,
-    'steps': {name: run.steps(count) for name, count in epochs.items()},
+    'steps': {name: run.steps(n) for name, n in run.epochs().items()},
     'step_bytes': _step_bytes(run, net, model),
   }
 

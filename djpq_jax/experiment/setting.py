@@ -87,6 +87,18 @@ class Run:
       self.train_split, 0, batch_size=count, seed=self.config.seed
     )['image']
 
+  def epochs(self) -> dict[str, float]:
+    """Epochs of each phase, such that all methods have as many."""
+    config = self.config
+    search, finetune = config.search.epochs, config.finetune.epochs
+    if config.method == 'uniform':  # has nothing to search
+      search, finetune = 0.0, search + finetune
+    return {
+      'float': config.float.epochs,
+      'search': search,
+      'finetune': finetune,
+    }
+
   def steps(self, epochs: float) -> int:
     """Steps of so many epochs."""
     per_epoch = data.steps_per_epoch(self.train_split, self.config.batch_size)

@@ -99,8 +99,9 @@ class Checkpoints:
     except Exception as error:  # of many kinds, for what may be on a disk
       text = str(error).strip().partition('\n')[0]
       raise CheckpointError(
-        f'the checkpoint {self.folder}/{step} cannot be read; delete it to go '
-        f'on from the one before ({type(error).__name__}: {text:.200})'
+        f'the checkpoint {self.folder}/{step} cannot be read; if it is '
+        'damaged, delete it to go on from the one before '
+        f'({type(error).__name__}: {text:.200})'
       ) from error
     tree = found['state']
     key = jax.random.wrap_key_data(
