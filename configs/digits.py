@@ -1,6 +1,7 @@
 """DJPQ on handwritten digits: the demo.
 
 Command: djpq train --config configs/digits.py --workdir runs/digits
+Variants: configs/digits.py:w4a4 and the others of djpq_jax.config.
 """
 
 from djpq_jax import config as config_lib

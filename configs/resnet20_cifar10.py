@@ -6,6 +6,7 @@ number.  91.73 % is the published accuracy of the float weights.
 Command: djpq train --config configs/resnet20_cifar10.py \
              --set data.dir=DATA --set model.weights=resnet20-12fca82f.th \
              --workdir runs/resnet20
+Variants: configs/resnet20_cifar10.py:w4a4 and the others of djpq_jax.config.
 """
 
 from djpq_jax import config as config_lib

@@ -173,7 +173,7 @@ def _train(args) -> None:
 
 def _print_preview(found: dict[str, Any], console) -> None:
   height, width, channels = found['image_shape']
-  budget = 'none; the coefficients decide'
+  budget = 'none'
   if found['budget']:
     bops = found['budget'] * found['float_bops']
     budget = f'{found["budget"]:.3%} of them, {bops:,.0f}'
@@ -184,6 +184,7 @@ def _print_preview(found: dict[str, Any], console) -> None:
     ('model', f'{found["model"]}, {found["parameters"]:,} parameters'),
     ('MACs', f'{found["float_macs"]:,}'),
     ('BOPs', f'{found["float_bops"]:,} (32 x 32 bits)'),
+    ('method', found['method']),
     ('budget', budget),
     (
       'channels',

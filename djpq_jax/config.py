@@ -11,6 +11,18 @@ import ml_collections
 
 PACKAGED = 'djpq_jax.configs'
 
+# What each variant of an experiment changes; as 'resnet20_cifar10:w4a4'.
+VARIANTS: dict[str, dict[str, Any]] = {
+  'djpq': {'method': 'djpq'},
+  'djpq_restrict': {'method': 'djpq', 'bit_choices': (2, 4, 8, 16, 32)},
+  'two_stage': {'method': 'two_stage'},
+  'w8a8': {'method': 'uniform', 'uniform_bits': (8, 8)},
+  'w4a4': {'method': 'uniform', 'uniform_bits': (4, 4)},
+  'w3a3': {'method': 'uniform', 'uniform_bits': (3, 3)},
+  'w2a2': {'method': 'uniform', 'uniform_bits': (2, 2)},
+  'float': {'method': 'float'},
+}
+
 
 class ConfigError(ValueError):
   """A config cannot be used; the message names the field."""
@@ -40,7 +52,7 @@ def default() -> ml_collections.ConfigDict:
         'remat': False,  # compute again what lies between the products
       },
       'augment': {'shift': 0, 'flip': False},  # pixels; mirror
-      'method': 'djpq',  # or 'two_stage', 'uniform'
+      'method': 'djpq',  # or 'two_stage', 'uniform', 'float'
       'rules': (),  # dicts with the fields of compress.Rule; loaded as pairs
       'budget': 0.0,  # BOPs relative to dense float32; 0: coefficient mode
       'bit_choices': (),  # allowed bits, () for all whole numbers
@@ -94,7 +106,8 @@ def load(source: str, overrides: Iterable[str] = ()):
 
   Args:
     source: path of a Python file with `get_config()`, or the name of a
-      packaged one, as 'digits'.
+      packaged one, as 'digits'; then, if wanted, a colon and one of VARIANTS,
+      as 'digits:w4a4'.
     overrides: 'field.subfield=value' each; values are Python literals or
       plain strings.
 
@@ -102,11 +115,12 @@ def load(source: str, overrides: Iterable[str] = ()):
     A complete ConfigDict, frozen.
 
   Raises:
-    ConfigError: no such file, an unknown field, or a value of a wrong type.
+    ConfigError: no such file, variant or field, or a value of a wrong type.
   """
   config = default()
-  given = _get_config(source)
-  _update(config, given, '')
+  source, variant = _split_variant(source)
+  _update(config, _get_config(source), '')
+  _update(config, variant, '')
   for override in overrides:
     name, separator, text = override.partition('=')
     if not separator:
@@ -148,6 +162,19 @@ def _get_config(source: str):
   if not hasattr(config, 'items'):
     raise ConfigError(f'get_config() of {source} gives {config!r}, no config')
   return config
+
+
+def _split_variant(source: str) -> tuple[str, dict[str, Any]]:
+  rest, colon, name = source.rpartition(':')
+  if not colon or pathlib.Path(source).is_file():
+    return source, {}
+  if name not in VARIANTS:
+    close = difflib.get_close_matches(name, VARIANTS, 1)
+    hint = f'; did you mean {close[0]}?' if close else ''
+    raise ConfigError(
+      f'unknown variant {name!r}; there are {", ".join(VARIANTS)}{hint}'
+    )
+  return rest, VARIANTS[name]
 
 
 def _find_packaged(name: str, source: str):

@@ -8,7 +8,9 @@ import tiny
 from djpq_jax import compress
 from djpq_jax import config as config_lib
 from djpq_jax import experiment
+from djpq_jax import models
 from djpq_jax import optim
+from djpq_jax.data import sources
 
 HEAD = 'from djpq_jax import config as c\n\n\ndef get_config():\n'
 
@@ -75,6 +77,47 @@ def test_a_missing_file_is_named(name, tmp_path, monkeypatch):
   with pytest.raises(config_lib.ConfigError) as info:
     config_lib.load(name)
   assert f'{name} is neither a file nor a packaged config' in str(info.value)
+
+
+@pytest.mark.parametrize(
+  ('name', 'data', 'model'),
+  [
+    ('digits', 'digits', 'digits_cnn'),
+    ('vgg7_cifar10', 'cifar10', 'vgg7'),
+    ('resnet20_cifar10', 'cifar10', 'resnet20'),
+    ('resnet18_imagenet', 'imagenet', 'resnet18'),
+    ('mobilenet_v2_imagenet', 'imagenet', 'mobilenet_v2'),
+  ],
+)
+@pytest.mark.parametrize('variant', config_lib.VARIANTS)
+def test_packaged_experiments_and_their_variants(name, data, model, variant):
+  plain = config_lib.load(name)
+  config = config_lib.load(f'{name}:{variant}')
+  assert (config.data.name, config.model.name) == (data, model)
+  assert config.data.name in sources.SOURCES
+  assert config.model.name in models.MODELS
+  assert config.method in experiment.METHODS
+  changed = config_lib.VARIANTS[variant]
+  for key in config:
+    assert config[key] == changed.get(key, plain[key]), key
+  for phase in ('float', 'search', 'finetune'):
+    optim.OptimizerConfig(**config[phase].optimizer)
+
+
+def test_a_variant_of_a_file_and_an_override(write):
+  path = write('config.seed = 3')
+  config = config_lib.load(f'{path}:w4a4', ['uniform_bits=(3, 4)'])
+  assert (config.method, config.uniform_bits) == ('uniform', (3, 4))
+  assert config.seed == 3
+
+
+def test_an_unknown_variant_is_named(write):
+  path = write('')
+  message = "unknown variant 'tow_stage'; there are djpq, .*; did you mean two_stage"
+  with pytest.raises(config_lib.ConfigError, match=message):
+    config_lib.load(f'{path}:tow_stage')
+  with pytest.raises(config_lib.ConfigError, match='neither a file nor a pack'):
+    config_lib.load('none:w4a4')
 
 
 def test_a_file_without_get_config(tmp_path):

@@ -111,6 +111,18 @@ def test_uniform(config, tmp_path):
   assert len(seen) == len(report['history'])
 
 
+def test_float(config, tmp_path):
+  """The float control: as many epochs, nothing cut and nothing rounded."""
+  config = config_lib.change(config, method='float', float={'epochs': 0})
+  report = experiment.run(config, tmp_path)
+  check_report(report, tmp_path)
+  assert report['relative_bops'] == 1
+  assert report['budget'] is None
+  steps = [row['step'] for row in report['history']]
+  assert steps[-1] == 3 * (40 + 10)
+  assert report['accuracy'] > 0.8
+
+
 def test_without_training_and_budget(config, tmp_path):
   config = untrained(config, budget=0.0)
   report = experiment.run(config, tmp_path)

@@ -129,7 +129,7 @@ def _check(run: setting.Run, model):
   run.steps(0)  # checks the batch size
   run.batches(0)  # checks the augmentation
   net, choices = phases.compressed(run, model), config.bit_choices or None
-  if config.method != 'uniform':
+  if run.searches:
     allocate.check_reachable(net, config.budget or 1.0, choices)
   if config.method == 'two_stage':  # bits alone must do what pruning leaves
     whole = phases.compressed(run, model, [methods.UNPRUNED])

@@ -56,7 +56,7 @@ def deploy(run: setting.Run, hardened, workdir, float_accuracy, start):
   return {
     'float_accuracy': float_accuracy,
     'accuracy': evaluation.accuracy(logits, run.test_split),
-    'budget': config.budget or None,
+    'budget': run.budget,
     **harden.totals(reloaded, rows),
     'artifact': folder.name,
     'artifact_bytes': checkpoint.size_bytes(folder),

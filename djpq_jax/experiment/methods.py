@@ -14,13 +14,12 @@ UNQUANTIZED = compress.Rule(pattern='*', quantize=False)
 def djpq(run: setting.Run, model) -> compress.Compressed:
   """Searches channels and bits together, then carries the plan out."""
   config = run.config
-  budget, choices = config.budget or None, config.bit_choices or None
   net = phases.compressed(run, model)
   compress.restrict(net, config.bit_choices)
   net = phases.search(
-    run, net, model, budget=budget, epochs=config.search.epochs
+    run, net, model, budget=run.budget, epochs=config.search.epochs
   )
-  plan = allocate.plan(net, budget, choices)
+  plan = allocate.plan(net, run.budget, config.bit_choices or None)
   return compress.freeze(net, plan, run.sample())
 
 
@@ -64,4 +63,16 @@ def uniform(run: setting.Run, model) -> compress.Compressed:
   return compress.freeze(net, plan, run.sample())
 
 
-METHODS = {'djpq': djpq, 'two_stage': two_stage, 'uniform': uniform}
+def unchanged(run: setting.Run, model) -> compress.Compressed:
+  """The control: the float model itself, trained on for as many epochs."""
+  net = phases.compressed(run, model, [UNPRUNED, UNQUANTIZED])
+  plan = compress.Plan(open={}, weight_bits={}, act_bits={})
+  return compress.freeze(net, plan, run.sample())
+
+
+METHODS = {
+  'djpq': djpq,
+  'two_stage': two_stage,
+  'uniform': uniform,
+  'float': unchanged,
+}

@@ -33,7 +33,8 @@ def preview(
     'parameters': sum(leaf.size for leaf in leaves),
     'float_macs': graph.float_macs,
     'float_bops': compress.FLOAT_BITS**2 * graph.float_macs,
-    'budget': config.budget or None,
+    'method': config.method,
+    'budget': run.budget,
     'prunable_groups': len(net.structure.gated),
     'groups': len(net.structure.groups),
     'data': config.data.name,
@@ -50,9 +51,7 @@ def preview(
 
 def _step_bytes(run: setting.Run, net, model) -> int:
   """Memory of one step on one device, as it is compiled for it."""
-  state = phases.search_state(
-    run, net, model, budget=run.config.budget or None, steps=1
-  )
+  state = phases.search_state(run, net, model, budget=run.budget, steps=1)
   to_devices, step_fn, place = phases.spread(run)
   batch = run.batches(0, share=True)(0)
   state, batch = to_devices(state), place(batch) if place else batch

@@ -87,11 +87,21 @@ class Run:
       self.train_split, 0, batch_size=count, seed=self.config.seed
     )['image']
 
+  @property
+  def searches(self) -> bool:
+    """Whether channels or bits are learned, towards a budget."""
+    return self.config.method not in ('uniform', 'float')
+
+  @property
+  def budget(self) -> float | None:
+    """Relative BOPs to end at; None where nothing leads there."""
+    return self.config.budget or None if self.searches else None
+
   def epochs(self) -> dict[str, float]:
     """Epochs of each phase, such that all methods have as many."""
     config = self.config
     search, finetune = config.search.epochs, config.finetune.epochs
-    if config.method == 'uniform':  # has nothing to search
+    if not self.searches:
       search, finetune = 0.0, search + finetune
     return {
       'float': config.float.epochs,
