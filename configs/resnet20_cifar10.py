@@ -22,11 +22,15 @@ def get_config():
   config.budget = 0.01
 
   config.search.epochs = 3.0
+  config.search.distill = 0.5
+  config.search.temperature = 2.0
   config.search.optimizer.learning_rate = 1e-3
   config.search.optimizer.quantizer_rate = 1e-2
   config.search.optimizer.gate_rate = 2e-2
   config.search.optimizer.decay_gates = False
 
   config.finetune.epochs = 7.0
+  config.finetune.distill = 0.5
+  config.finetune.temperature = 2.0
   config.finetune.optimizer.learning_rate = 1e-3
   return config

@@ -15,6 +15,7 @@ from djpq_jax import checkpoint
 from djpq_jax import cli
 from djpq_jax import experiment
 from djpq_jax import train
+from djpq_jax.cli import bars
 
 # The requirements of every report, by name.
 KEYS = 'float_accuracy accuracy relative_bops budget macs float_macs bops '
@@ -322,10 +323,10 @@ def test_dry_run(config, tmp_path, capsys, monkeypatch):
 
 def test_progress_tells_what_is_worth_knowing():
   row = {'task_loss': 0.5, 'images_per_second': 1234.5}
-  assert cli._note('float', row) == 'loss 0.500  1,234 images/s'
+  assert bars.note_of('float', row) == 'loss 0.500  1,234 images/s'
   row |= {'relative_bops': 0.02, 'kept_fraction': 0.5}
   row |= {'mean_weight_bits': 3.25, 'mean_act_bits': 4.0}
-  note = cli._note('search', row)
+  note = bars.note_of('search', row)
   assert note.startswith('loss 0.500  BOPs 2.000%  bits 3.2/4.0  channels 50%')
 
 

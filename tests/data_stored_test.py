@@ -224,7 +224,7 @@ assert 'tensorflow' not in sys.modules
 
 
 def test_data_stays_light_to_import():
-  code = 'import sys; import djpq_jax.data, djpq_jax.data_cli\n'
+  code = 'import sys; import djpq_jax.data, djpq_jax.data.prepare.folder\n'
   code += 'heavy = {"cv2", "simplejpeg", "PIL", "tensorflow_datasets"}\n'
   code += 'print(sorted((heavy | {"grain", "jax"}) & set(sys.modules)))'
   done = subprocess.run(

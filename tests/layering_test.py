@@ -38,7 +38,6 @@ TABLE = (
   Row('config', '', 'ml_collections'),
   # With cv2, simplejpeg, PIL and array_record, which decode.require imports.
   Row('data', '', 'jax numpy grain sklearn tensorflow_datasets'),
-  Row('data_cli', 'data', 'rich'),
   Row('models', '', 'jax numpy flax.nnx safetensors'),
   Row('parallel', '', 'jax numpy flax.nnx'),
   Row('graph', '', 'jax numpy flax.nnx'),

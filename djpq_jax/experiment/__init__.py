@@ -30,6 +30,7 @@ from djpq_jax.experiment.setting import rules_of
 
 __all__ = [
   'METHODS',
+  'check',
   'dense_structure',
   'float_model',
   'load_artifact',
@@ -44,6 +45,15 @@ def float_model(config, progress: setting.Progress | None = None):
   this = setting.prepare(config, progress)
   model = phases.train_float(this, setting.dense_model(this))
   return model, evaluation.evaluate(model, this.test_split)
+
+
+def check(config) -> None:
+  """Checks a config as `run` does before its first step.
+
+  Raises:
+    ValueError: the config cannot work.
+  """
+  _prepared(config, None)
 
 
 def preview(config) -> dict[str, Any]:
@@ -62,6 +72,7 @@ def run(
   progress: setting.Progress | None = None,
   *,
   trained=None,
+  float_dir: pathlib.Path | None = None,
   ready: Callable[[], None] | None = None,
   stop: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
@@ -77,6 +88,9 @@ def run(
     progress: told about every look at the metrics.
     trained: a float model to start from instead of training one; without
       checkpoints then, since the config does not say what it is.
+    float_dir: where the checkpoints of the float training are; by default in
+      the workdir.  Experiments that differ only in what comes after it can
+      share them.
     ready: called when the config has passed its checks, before all work.
     stop: asked after every step whether to save and stop.
 
@@ -99,6 +113,7 @@ def run(
   if trained is None:
     workdir.mkdir(parents=True, exist_ok=True)
     this.workdir = workdir
+    this.float_dir = float_dir or workdir
     if parallel.is_first():
       this.log = metrics.Log(workdir, tensorboard=config.tensorboard)
   model = trained or phases.train_float(this, model)

@@ -57,10 +57,11 @@ def _phase(run: setting.Run, name: str, state: train.TrainState, steps: int):
     )
 
   state = to_devices(state)
-  if run.workdir is None or not steps:
+  home = run.float_dir if name == 'float' else run.workdir
+  if home is None or not steps:
     state = fit(state)
   else:
-    folder = run.workdir / 'checkpoints' / f'{run.phases_done}-{name}'
+    folder = home / 'checkpoints' / f'{run.phases_done}-{name}'
     with train.Checkpoints(folder.absolute()) as checkpoints:
       state, before = checkpoints.restore(state)
       rows += before

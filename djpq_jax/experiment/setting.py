@@ -35,6 +35,7 @@ class Run:
     test_split: what the results are measured on.
     progress: told about every look at the metrics.
     workdir: where checkpoints go; None for nowhere.
+    float_dir: where those of the float training go.
     log: where metrics go besides the history.
     stop: asked after every step whether to save and stop.
     history: metrics, one row per look.
@@ -47,6 +48,7 @@ class Run:
   test_split: data.Split
   progress: Progress
   workdir: pathlib.Path | None = None
+  float_dir: pathlib.Path | None = None
   log: metrics.Log | None = None
   stop: Callable[[], bool] | None = None
   history: list[dict[str, Any]] = dataclasses.field(default_factory=list)

@@ -14,8 +14,9 @@ A report is a dict. It always holds the keys in `KEYS`, and per layer those in
 Accuracies, relative BOPs, the budget and kept fractions are fractions of one.
 """
 
-from djpq_jax.report.pictures import plot_curves
-from djpq_jax.report.pictures import plot_layers
+from djpq_jax.report.curve_picture import plot_curves
+from djpq_jax.report.layer_picture import plot_layers
+from djpq_jax.report.pareto_picture import plot_pareto
 from djpq_jax.report.record import FILE_NAME
 from djpq_jax.report.record import KEYS
 from djpq_jax.report.record import LAYER_KEYS
@@ -33,6 +34,7 @@ __all__ = [
   'headline',
   'plot_curves',
   'plot_layers',
+  'plot_pareto',
   'print_report',
   'read',
   'summary',

@@ -184,3 +184,12 @@ def _unpruned(groups: Sequence[Report]) -> dict[str, list[str]]:
 
 def _line(console: rich.console.Console, text: str) -> None:
   console.print(text, markup=False, highlight=False)
+
+
+def verdict(report: Mapping[str, Any]) -> str:
+  """Accuracy and BOPs in one line, for the top of a picture."""
+  relative = report['relative_bops']
+  return (
+    f'{100 * report["accuracy"]:.2f} % accuracy at {percent(relative)} of '
+    f'the bit operations (float32: {100 * report["float_accuracy"]:.2f} %)'
+  )

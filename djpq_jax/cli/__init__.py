@@ -1,0 +1,51 @@
+"""The command line: `djpq train | sweep | inspect | evaluate | data`."""
+
+import argparse
+from collections.abc import Sequence
+import sys
+
+from djpq_jax import interruption
+from djpq_jax import train
+from djpq_jax.cli import data
+from djpq_jax.cli import evaluate
+from djpq_jax.cli import inspection
+from djpq_jax.cli import sweep
+from djpq_jax.cli import training
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs a command; returns the exit status.
+
+  A user's mistake ends in one sentence on standard error and status 2, a
+  training that cannot go on in one and status 1, one that was asked to stop
+  in one and status 143, so that whoever restarts failed jobs restarts it.
+  """
+  args = _parser().parse_args(argv)
+  try:
+    args.run(args)
+  except train.TrainingError as error:
+    print(f'djpq: {error}', file=sys.stderr)
+    return 1
+  except train.Interrupted as error:
+    print(f'djpq: {error}', file=sys.stderr)
+    return interruption.EXIT_STATUS
+  except (ValueError, FileNotFoundError, ImportError) as error:
+    if args.debug:
+      raise
+    print(f'djpq: {error}', file=sys.stderr)
+    return 2
+  return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog='djpq',
+    description='Joint pruning and quantization of Flax models.',
+  )
+  parser.add_argument(
+    '--debug', action='store_true', help='show tracebacks of errors'
+  )
+  commands = parser.add_subparsers(required=True, metavar='command')
+  for module in (training, sweep, inspection, evaluate, data):
+    module.add_command(commands)
+  return parser

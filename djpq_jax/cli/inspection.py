@@ -1,0 +1,104 @@
+"""`djpq inspect`: what a model consists of and what of it can be pruned."""
+
+import json
+from typing import Any
+
+import numpy as np
+import rich.console
+import rich.table
+
+from djpq_jax import compress
+from djpq_jax import config as config_lib
+from djpq_jax import experiment
+from djpq_jax.cli import options
+
+
+def add_command(commands) -> None:
+  """Adds `inspect` to the subparsers of `djpq`."""
+  command = commands.add_parser(
+    'inspect', help='show layers, MACs and channel groups of a model'
+  )
+  options.add_config(command)
+  command.add_argument('--json', action='store_true', help='print JSON')
+  command.set_defaults(run=_run)
+
+
+def _run(args) -> None:
+  config = config_lib.load(args.config, args.set)
+  table = _inspection(experiment.dense_structure(config))
+  if args.json:
+    print(json.dumps(table, indent=1))
+  else:
+    _print_inspection(table, rich.console.Console())
+
+
+def _inspection(structure: compress.Structure) -> dict[str, Any]:
+  graph = structure.graph
+  names = [g.name for g in structure.groups]
+
+  def of(groups):
+    return [names[g] for g in np.unique(groups) if g >= 0]
+
+  return {
+    'float_macs': graph.float_macs,
+    'float_bops': compress.FLOAT_BITS**2 * graph.float_macs,
+    'layers': [
+      {
+        'name': layer.path,
+        'kind': layer.kind,
+        'macs': layer.macs,
+        'weights': layer.weights,
+        'in': len(layer.in_group),
+        'out': len(layer.out_group),
+        'reads': of(layer.in_group),
+        'writes': of(layer.out_group),
+        'weight_bits': structure.layers[layer.path].weight_bits,
+        'act_bits': structure.layers[layer.path].act_bits,
+        'quantize': structure.layers[layer.path].quantize,
+      }
+      for layer in graph.layers.values()
+    ],
+    'other': [{'name': n, 'macs': m} for n, m in graph.other_macs],
+    'groups': [
+      {
+        'name': s.name,
+        'channels': g.size,
+        'consumers': list(g.consumers),
+        'prunable': not s.reason,
+        'reason': s.reason,
+      }
+      for g, s in zip(graph.groups, structure.groups)
+    ],
+  }
+
+
+def _print_inspection(found: dict[str, Any], console) -> None:
+  table = rich.table.Table(title='Layers', title_justify='left')
+  for name in ('layer', 'kind'):
+    table.add_column(name)
+  for name in ('in', 'out', 'MACs', 'share'):
+    table.add_column(name, justify='right')
+  for row in found['layers']:
+    table.add_row(
+      row['name'],
+      row['kind'],
+      str(row['in']),
+      str(row['out']),
+      f'{row["macs"]:,}',
+      f'{row["macs"] / found["float_macs"]:.1%}',
+    )
+  for row in found['other']:
+    share = f'{row["macs"] / found["float_macs"]:.1%}'
+    table.add_row(row['name'], '', '', '', f'{row["macs"]:,}', share)
+  console.print(table)
+  table = rich.table.Table(title='Channel groups', title_justify='left')
+  for name in ('group', 'channels', 'pruned?'):
+    table.add_column(name, justify='right' if name == 'channels' else 'left')
+  for group in found['groups']:
+    verdict = 'yes' if group['prunable'] else f'no: {group["reason"]}'
+    table.add_row(group['name'], str(group['channels']), verdict)
+  console.print(table)
+  console.print(
+    f'float_macs  {found["float_macs"]:,}\n'
+    f'float_bops  {found["float_bops"]:,} (32 x 32 bits)'
+  )

@@ -1,0 +1,152 @@
+"""`djpq train`: one experiment in its workdir."""
+
+import contextlib
+import pathlib
+from typing import Any
+
+import jax
+import rich.console
+
+from djpq_jax import config as config_lib
+from djpq_jax import experiment
+from djpq_jax import interruption
+from djpq_jax import parallel
+from djpq_jax import report as report_lib
+from djpq_jax import workdir
+from djpq_jax.cli import bars
+from djpq_jax.cli import options
+
+
+def add_command(commands) -> None:
+  """Adds `train` to the subparsers of `djpq`."""
+  command = commands.add_parser('train', help='run an experiment')
+  options.add_config(command)
+  options.add_workdir(command)
+  command.add_argument(
+    '--dry-run',
+    action='store_true',
+    help='check all, say what would be done and what memory it takes, and stop',
+  )
+  options.add_cluster(command)
+  command.set_defaults(run=_run)
+
+
+def _run(args) -> None:
+  config = config_lib.load(args.config, args.set)
+  options.join_cluster(args)
+  work = workdir.Workdir(pathlib.Path(args.workdir), config)
+  work.check(overwrite=args.overwrite)
+  console = rich.console.Console(quiet=not parallel.is_first())
+  if args.dry_run:
+    _print_preview(experiment.preview(config), console)
+    return
+  report, there = carry_out(config, work, console, overwrite=args.overwrite)
+  if there:
+    console.print(f'{work.path} holds this experiment, finished:')
+  report_lib.print_report(report, console)
+  if not there:
+    _print_paths(work.path, console)
+
+
+def carry_out(
+  config,
+  work: workdir.Workdir,
+  console: rich.console.Console,
+  *,
+  overwrite: bool = False,
+  float_dir: pathlib.Path | None = None,
+) -> tuple[dict[str, Any], bool]:
+  """Runs an experiment, or what is left of it, and writes its report.
+
+  Args:
+    config: complete.
+    work: its folder, checked.
+    console: quiet in all processes but the first.
+    overwrite: whether to discard what the folder holds.
+    float_dir: where experiments share the float model's training.
+
+  Returns:
+    The report, and whether it was there already.
+  """
+  report = None if overwrite else work.report()
+  if report is not None:
+    return report, True
+  if work.claimed and not overwrite:
+    console.print(f'going on with {work.path}')
+
+  def claim():
+    parallel.wait('checked')
+    if parallel.is_first():
+      work.claim(overwrite=overwrite)
+    parallel.wait('claimed')
+
+  with contextlib.ExitStack() as stack:
+    if jax.process_count() > 1:  # JAX itself waits for the signals of all
+      stop = parallel.Preemption().seen
+    else:
+      stop = stack.enter_context(interruption.Signals()).seen
+    shown = stack.enter_context(bars.Bars(console))
+    report = experiment.run(
+      config,
+      work.path,
+      shown.show,
+      ready=claim,
+      stop=stop,
+      float_dir=float_dir,
+    )
+  if parallel.is_first():
+    _write(report, work.path)
+    report = report_lib.read(work.path)  # numbers as they were written
+  return report, False
+
+
+def _print_preview(found: dict[str, Any], console) -> None:
+  height, width, channels = found['image_shape']
+  budget = 'none'
+  if found['budget']:
+    bops = found['budget'] * found['float_bops']
+    budget = f'{found["budget"]:.3%} of them, {bops:,.0f}'
+  steps = ', '.join(
+    f'{count:,} {name}' for name, count in found['steps'].items()
+  )
+  rows = [
+    ('model', f'{found["model"]}, {found["parameters"]:,} parameters'),
+    ('MACs', f'{found["float_macs"]:,}'),
+    ('BOPs', f'{found["float_bops"]:,} (32 x 32 bits)'),
+    ('method', found['method']),
+    ('budget', budget),
+    (
+      'channels',
+      f'{found["prunable_groups"]} of {found["groups"]} groups can be pruned; '
+      'djpq inspect lists them',
+    ),
+    (
+      'data',
+      f'{found["data"]}: {found["train_images"]:,} images to train, '
+      f'{found["test_images"]:,} to test, {height} x {width} x {channels}',
+    ),
+    ('steps', f'{steps}, of {found["batch_size"]} images'),
+    ('devices', f'{found["devices"]} x {found["device_kind"]}'),
+    ('memory', f'{found["step_bytes"] / 2**20:,.0f} MiB on each for a step'),
+  ]
+  for name, text in rows:
+    console.print(f'{name:<10}{text}', soft_wrap=True, highlight=False)
+
+
+def _write(report: dict[str, Any], folder: pathlib.Path) -> None:
+  """Draws and writes a report."""
+  for name, plot in (
+    ('layers.png', report_lib.plot_layers),
+    ('curves.png', report_lib.plot_curves),
+  ):
+    if name != 'curves.png' or report['history']:  # else no phase had a step
+      plot(report, folder / name)
+  # Last of all: with it the experiment is finished.
+  report_lib.write(report, folder)
+
+
+def _print_paths(folder: pathlib.Path, console) -> None:
+  pictures = sorted(map(str, folder.glob('*.png')))
+  console.print(f'report    {folder / "report.json"}')
+  console.print(f'artifact  {folder / "artifact"}')
+  console.print(f'pictures  {", ".join(pictures)}')

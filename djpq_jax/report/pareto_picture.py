@@ -1,0 +1,61 @@
+"""Accuracy against bit operations of several models, as a PNG."""
+
+from collections.abc import Mapping, Sequence
+import os
+import pathlib
+from typing import Any
+
+from djpq_jax.report import style
+
+_MARKS = 'osD^vP'
+
+
+def plot_pareto(
+  curves: Mapping[str, Sequence[Mapping[str, Any]]],
+  path: str | os.PathLike[str],
+  float_accuracy: float | None = None,
+) -> pathlib.Path:
+  """Draws accuracy over relative BOPs, a line for each curve.
+
+  Args:
+    curves: name -> points with `accuracy` and `relative_bops`, fractions of
+      one; with `deviation` too, of the accuracy, if it is known.
+    path: of the PNG; its folder is created if missing.
+    float_accuracy: of the float32 model, drawn as a line.
+
+  Returns:
+    The path.
+
+  Raises:
+    ImportError: matplotlib is not installed.
+    ValueError: there is no point to draw.
+  """
+  if not any(curves.values()):
+    raise ValueError('there is no point to draw')
+  figure = style.figure('Accuracy against bit operations', 4.6)
+  axes = figure.subplots()
+  colours = (style.BLUE, style.RED, style.GREEN, style.ORANGE, style.GREY)
+  for number, (name, points) in enumerate(curves.items()):
+    points = sorted(points, key=lambda point: point['relative_bops'])
+    axes.errorbar(
+      [100 * point['relative_bops'] for point in points],
+      [100 * point['accuracy'] for point in points],
+      yerr=[100 * point.get('deviation', 0) for point in points],
+      color=colours[number % len(colours)],
+      marker=_MARKS[number % len(_MARKS)],
+      ms=5,
+      lw=1.5,
+      elinewidth=1,
+      label=name or None,
+    )
+  if float_accuracy is not None:
+    axes.axhline(
+      100 * float_accuracy, color=style.GREY, lw=1.2, ls='--', label='float32'
+    )
+  axes.set_xscale('log')
+  axes.xaxis.set_major_formatter(lambda value, _: f'{value:g}')
+  axes.xaxis.set_minor_formatter(lambda value, _: '')
+  axes.set_xlabel('BOPs, % of float32', fontsize=style.SMALL, color=style.INK)
+  style.title(axes, 'Accuracy, %')
+  style.dress(axes, 'both')
+  return style.save(figure, path)
