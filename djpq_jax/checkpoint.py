@@ -2,13 +2,15 @@
 
     artifact/
       manifest.json   what it is: layers, bits, channels, totals, accuracy
-      arrays/         orbax: integers packed at their bit width, scales
+      arrays/         orbax: one array of all integers, packed at their bit
+                      width, and one of all floats
 
 Nothing in it is executed on load: JSON and numbers only.
 """
 
 from collections.abc import Mapping
 import hashlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -27,9 +29,10 @@ from djpq_jax import harden
 from djpq_jax import layers
 
 FORMAT = 'djpq_jax hardened model'
-VERSION = 1
+VERSION = 2
 KEYS = {'model', 'input_shape', 'totals', 'layers', 'signed_inputs', 'reasons'}
-KEYS |= {'plan', 'arrays', 'sha256'}
+KEYS |= {'plan', 'arrays', 'sha256', 'provenance'}
+PACKED = 'packed'  # the array of all integers
 
 
 class ArtifactError(ValueError):
@@ -85,24 +88,31 @@ def save(
     more: further JSON-ready facts for the manifest, as accuracy.
   """
   folder = pathlib.Path(folder).absolute()
-  arrays: dict[str, np.ndarray] = {}
+  # Few arrays, for each costs hundreds of bytes on disk.
+  parts: dict[str, list[np.ndarray]] = {}
   entries: dict[str, dict[str, Any]] = {}
   bits = {row.name: row.weight_bits for row in rows}
   for key, variable in nnx.to_flat_state(nnx.state(model)):
     name = '/'.join(map(str, key))
     value = np.asarray(variable[...])
-    entries[name] = {'shape': list(value.shape), 'dtype': str(value.dtype)}
     if isinstance(variable, layers.IntegerParam):
       width = bits[name.removeprefix('model/').removesuffix('/kernel')]
-      entries[name]['bits'] = width
-      value = pack(value, width)
-    arrays[name] = value
+      entries[name] = {'shape': list(value.shape), 'bits': width}
+      parts.setdefault(PACKED, []).append(pack(value, width))
+    else:
+      entries[name] = {'shape': list(value.shape), 'dtype': str(value.dtype)}
+      parts.setdefault(str(value.dtype), []).append(value.ravel())
+  arrays = {name: np.concatenate(found) for name, found in parts.items()}
   manifest = {
     'format': FORMAT,
     'version': VERSION,
     'model': dict(model_spec),
     'input_shape': list(input_shape),
     **(more or {}),
+    'provenance': {
+      name: importlib.metadata.version(name)
+      for name in ('djpq-jax', 'jax', 'flax')
+    },
     'totals': harden.totals(model, rows),
     'layers': [vars(row) for row in rows],
     'signed_inputs': _signed(model),
@@ -121,9 +131,10 @@ def _signed(model) -> dict[str, bool]:
   }
 
 
-def _hash(folder: pathlib.Path) -> str:
-  """Of the names and contents of all files; those of file managers aside."""
-  digest = hashlib.sha256()
+def _hash(manifest: Mapping[str, Any], folder: pathlib.Path) -> str:
+  """Of the manifest and of all array files; those of file managers aside."""
+  said = {k: v for k, v in manifest.items() if k != 'sha256'}
+  digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
   for path in sorted(folder.rglob('[!.]*')):
     if path.is_file():
       content = path.read_bytes()
@@ -145,12 +156,29 @@ def _write(folder: pathlib.Path, manifest, arrays) -> None:
   )
   with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
     checkpointer.save(partial / 'arrays', arrays)
-  manifest = {**manifest, 'sha256': _hash(partial / 'arrays')}
-  text = json.dumps(manifest, indent=1, allow_nan=False)
-  (partial / 'manifest.json').write_text(text + '\n')
+  manifest = {**manifest, 'sha256': _hash(manifest, partial / 'arrays')}
+  (partial / 'manifest.json').write_text(_to_text(manifest) + '\n')
   if folder.exists():
     shutil.rmtree(folder)
   os.replace(partial, folder)
+
+
+def _to_text(value, depth: int = 2, indent: str = '') -> str:
+  """JSON with one line for each layer, array and group."""
+  if not depth or not isinstance(value, dict | list) or not value:
+    return json.dumps(value, allow_nan=False)
+  inner = indent + ' '
+  if isinstance(value, dict):
+    items = [
+      f'{json.dumps(k)}: {_to_text(v, depth - 1, inner)}'
+      for k, v in value.items()
+    ]
+    first, last = '{', '}'
+  else:
+    items = [_to_text(v, depth - 1, inner) for v in value]
+    first, last = '[', ']'
+  lines = f',\n{inner}'.join(items)
+  return f'{first}\n{inner}{lines}\n{indent}{last}'
 
 
 def read_manifest(folder) -> dict[str, Any]:
@@ -177,6 +205,11 @@ def read_manifest(folder) -> dict[str, Any]:
       f'{folder} has format version {version}, this djpq_jax '
       f'reads up to {VERSION}; update djpq_jax'
     )
+  if version < VERSION:
+    raise ArtifactError(
+      f'{folder} has format version {version}, which this djpq_jax no longer '
+      'reads; train it again, or take an older djpq_jax'
+    )
   missing = sorted(KEYS - manifest.keys())
   if missing:
     raise ArtifactError(f'{path} is damaged: it lacks {", ".join(missing)}')
@@ -201,10 +234,10 @@ def load(folder, dense) -> harden.HardenedModel:
   arrays = pathlib.Path(folder).absolute() / 'arrays'
   if not arrays.is_dir():
     raise ArtifactError(f'{folder} is incomplete: it has no arrays')
-  if _hash(arrays) != manifest['sha256']:
+  if _hash(manifest, arrays) != manifest['sha256']:
     raise ArtifactError(
-      f'{folder} was altered or is incomplete: its arrays do not have the '
-      'hash that the manifest states'
+      f'{folder} was altered or is incomplete: its files do not have the hash '
+      'that the manifest states'
     )
   values = _read_arrays(arrays)
   try:
@@ -218,11 +251,17 @@ def load(folder, dense) -> harden.HardenedModel:
 def _filled(model, entries, arrays) -> harden.HardenedModel:
   """The model with arrays in place of shapes."""
   values = {}
+  done = dict.fromkeys(arrays, 0)
   for name, entry in entries.items():
-    value = arrays[name]
+    kind = PACKED if 'bits' in entry else entry['dtype']
+    size = int(np.prod(entry['shape']))
+    if 'bits' in entry:
+      size = -(-size * entry['bits'] // 8)
+    value = arrays[kind][done[kind] : done[kind] + size]
+    done[kind] += size
     if 'bits' in entry:
       value = unpack(value, entry['bits'], entry['shape'])
-    values[name] = jnp.asarray(value)
+    values[name] = jnp.asarray(value.reshape(entry['shape']))
   graphdef, state = nnx.split(model)
   flat = [('/'.join(map(str, k)), k, v) for k, v in nnx.to_flat_state(state)]
   different = {name for name, _, _ in flat} ^ values.keys()

@@ -80,6 +80,7 @@ def default() -> ml_collections.ConfigDict:
         'temperature': 1.0,
         'optimizer': _optimizer(),
       },
+      'license': '',  # of the weights, as 'CC-BY-4.0'; goes into the artifact
       'checkpoint_every': 500,  # steps; 0 for only at the end of a phase
       'tensorboard': False,  # event files beside metrics.jsonl
       'statistics_batches': 16,  # batch norm is re-estimated on these

@@ -1,7 +1,6 @@
 """What is saved comes back bit for bit; anything else says what is wrong."""
 
 import functools
-import hashlib
 import json
 import pathlib
 import pickle
@@ -15,6 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
+import djpq_jax
 from djpq_jax import checkpoint
 from djpq_jax import compress
 from djpq_jax import evaluation
@@ -89,9 +89,12 @@ def artifact(saved, tmp_path):
   return pathlib.Path(shutil.copytree(saved, tmp_path / 'artifact'))
 
 
-def edit(folder, **changes):
+def edit(folder, *, sign=True, **changes):
   path = folder / 'manifest.json'
-  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+  manifest = json.loads(path.read_text()) | changes
+  if sign:  # as one who means to deceive would
+    manifest['sha256'] = checkpoint._hash(manifest, folder / 'arrays')
+  path.write_text(json.dumps(manifest))
 
 
 def refused(folder, message, kind=tiny.Normed):
@@ -136,9 +139,10 @@ def test_manifest_is_readable(saved):
   assert (conv['weight_bits'], head['weight_bits']) == (3, 12)
   assert conv['bops'] + head['bops'] == manifest['totals']['bops']
   assert manifest['arrays']['model/head/kernel']['bits'] == 12
-  assert manifest['plan']['open']['conv'] == [
-    int(c) for c in np.flatnonzero(hardened().structure.plan.open['conv'])
-  ]
+  (mask,) = bytes.fromhex(manifest['plan']['open']['conv'])
+  opened = hardened().structure.plan.open['conv']
+  assert f'{mask:08b}'[: len(opened)] == ''.join(str(int(o)) for o in opened)
+  assert manifest['provenance']['djpq-jax'] == djpq_jax.__version__
 
 
 def test_size_is_that_of_the_files(saved):
@@ -217,13 +221,24 @@ def test_binary_manifest(artifact):
   refused(artifact, 'is damaged')
 
 
+def test_an_altered_manifest(artifact):
+  edit(artifact, sign=False, accuracy=1.0)
+  refused(artifact, 'was altered or is incomplete')
+
+
+def test_older_version(artifact):
+  edit(artifact, version=1)
+  refused(artifact, 'has format version 1, which this djpq_jax no longer reads')
+
+
 def test_newer_version(artifact):
   edit(artifact, version=checkpoint.VERSION + 1)
-  refused(artifact, 'has format version 2, .* reads up to 1; update djpq_jax')
+  refused(artifact, 'has format version 3, .* reads up to 2; update djpq_jax')
 
 
 @pytest.mark.parametrize(
-  'key', 'model layers plan arrays sha256 reasons signed_inputs'.split()
+  'key',
+  'model layers plan arrays sha256 reasons signed_inputs provenance'.split(),
 )
 def test_manifest_without_a_key(artifact, key):
   path = artifact / 'manifest.json'
@@ -294,7 +309,7 @@ def test_arrays_that_are_no_checkpoint(artifact):
   """As if the hash were right: what orbax says comes as one sentence."""
   shutil.rmtree(artifact / 'arrays')
   (artifact / 'arrays').mkdir()
-  edit(artifact, sha256=hashlib.sha256().hexdigest())
+  edit(artifact)
   refused(artifact, 'is damaged')
 
 

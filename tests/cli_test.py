@@ -145,7 +145,7 @@ def test_train_prints_and_draws(finished):
   assert f'{100 * finished.report["accuracy"]:.2f} %' in printed
   assert 'Not pruned: head (is an output of the model)' in printed
   # In a log file every phase shows that it moves.
-  for phase in cli.PHASES.values():
+  for phase in bars.PHASES.values():
     assert f'{phase}: step' in printed
   assert '\x1b' not in printed
 
@@ -299,6 +299,53 @@ def test_a_workdir_that_is_a_file(config, tmp_path, capsys):
   said = refused(capsys, 'train', '--config', config, '--workdir', str(path))
   assert 'is a file, not a folder' in said
   assert path.read_text() == 'mine'
+
+
+def test_inspecting_an_artifact(finished, capsys):
+  artifact = str(finished.workdir / 'artifact')
+  assert cli.main(['inspect', '--artifact', artifact]) == 0
+  printed = capsys.readouterr().out
+  for text in ('conv', 'head', 'of float32', '50 images of tiny', 'made with'):
+    assert text in printed
+  assert f'{finished.report["accuracy"]:.2%}' in printed
+  assert cli.main(['inspect', '--artifact', artifact, '--json']) == 0
+  found = json.loads(capsys.readouterr().out)
+  assert found['bytes'] == finished.report['artifact_bytes']
+  assert found['totals']['bops'] == finished.report['bops']
+
+
+@pytest.mark.parametrize(
+  ('args', 'message'),
+  [
+    ([], 'one of them'),
+    (['--config', 'digits', '--artifact', 'x'], 'one of them'),
+    (['--artifact', 'x', '--set', 'seed=1'], 'stays as it is'),
+    (['--artifact', 'x'], 'x is no artifact'),
+  ],
+)
+def test_inspecting_what_is_wrong(args, message, capsys):
+  assert message in refused(capsys, 'inspect', *args)
+
+
+def test_diff(finished, tmp_path, capsys):
+  one = finished.workdir / 'artifact'
+  assert cli.main(['diff', str(one), str(one)]) == 0
+  assert 'all layers have the same channels' in capsys.readouterr().out
+  two = shutil.copytree(one, tmp_path / 'two')
+  manifest = json.loads((two / 'manifest.json').read_text())
+  bits = manifest['layers'][0]['weight_bits']
+  manifest['layers'][0]['weight_bits'] = 16
+  del manifest['layers'][1], manifest['accuracy']
+  (two / 'manifest.json').write_text(json.dumps(manifest))
+  assert cli.main(['diff', str(one), str(two)]) == 0
+  printed = capsys.readouterr().out
+  assert f'{finished.report["accuracy"]:.2%} -> -' in printed
+  assert f'{bits} -> 16' in printed
+  assert cli.main(['diff', str(one), str(two), '--json']) == 0
+  layers = json.loads(capsys.readouterr().out)['layers']
+  assert layers['conv'] == {'weight_bits': [bits, 16]}
+  assert layers['head']['kept_in'][1] is None
+  assert 'is no artifact' in refused(capsys, 'diff', str(one), str(tmp_path))
 
 
 def test_dry_run(config, tmp_path, capsys, monkeypatch):

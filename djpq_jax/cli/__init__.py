@@ -1,4 +1,4 @@
-"""The command line: `djpq train | sweep | inspect | evaluate | data`."""
+"""The command line: `djpq train | sweep | inspect | evaluate | diff | data`."""
 
 import argparse
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ import sys
 from djpq_jax import interruption
 from djpq_jax import train
 from djpq_jax.cli import data
+from djpq_jax.cli import diff
 from djpq_jax.cli import evaluate
 from djpq_jax.cli import inspection
 from djpq_jax.cli import sweep
@@ -46,6 +47,6 @@ def _parser() -> argparse.ArgumentParser:
     '--debug', action='store_true', help='show tracebacks of errors'
   )
   commands = parser.add_subparsers(required=True, metavar='command')
-  for module in (training, sweep, inspection, evaluate, data):
+  for module in (training, sweep, inspection, evaluate, diff, data):
     module.add_command(commands)
   return parser

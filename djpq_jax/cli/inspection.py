@@ -1,4 +1,4 @@
-"""`djpq inspect`: what a model consists of and what of it can be pruned."""
+"""`djpq inspect`: what a model, or an artifact, consists of."""
 
 import json
 from typing import Any
@@ -7,23 +7,34 @@ import numpy as np
 import rich.console
 import rich.table
 
+from djpq_jax import checkpoint
 from djpq_jax import compress
 from djpq_jax import config as config_lib
 from djpq_jax import experiment
+from djpq_jax import report as report_lib
 from djpq_jax.cli import options
 
 
 def add_command(commands) -> None:
   """Adds `inspect` to the subparsers of `djpq`."""
   command = commands.add_parser(
-    'inspect', help='show layers, MACs and channel groups of a model'
+    'inspect',
+    help='show layers, MACs and channel groups of a model, or an artifact',
   )
-  options.add_config(command)
+  options.add_config(command, required=False)
+  command.add_argument('--artifact', help='the folder of a hardened model')
   command.add_argument('--json', action='store_true', help='print JSON')
   command.set_defaults(run=_run)
 
 
 def _run(args) -> None:
+  if bool(args.config) == bool(args.artifact):
+    raise ValueError('inspect takes a --config or an --artifact, one of them')
+  if args.artifact:
+    if args.set:
+      raise ValueError('--set changes a config; an artifact stays as it is')
+    _inspect_artifact(args.artifact, as_json=args.json)
+    return
   config = config_lib.load(args.config, args.set)
   table = _inspection(experiment.dense_structure(config))
   if args.json:
@@ -102,3 +113,32 @@ def _print_inspection(found: dict[str, Any], console) -> None:
     f'float_macs  {found["float_macs"]:,}\n'
     f'float_bops  {found["float_bops"]:,} (32 x 32 bits)'
   )
+
+
+def _inspect_artifact(folder: str, *, as_json: bool) -> None:
+  manifest = checkpoint.read_manifest(folder)
+  size = checkpoint.size_bytes(folder)
+  if as_json:
+    print(json.dumps(manifest | {'bytes': size}, indent=1))
+    return
+  console = rich.console.Console()
+  rows = {'layers': manifest['layers'], **manifest['totals']}
+  console.print(report_lib.table(rows))
+  relative = manifest['totals']['relative_bops']
+  facts = {
+    'model': manifest['model']['name'],
+    'BOPs': f'{relative:.4%} of float32',
+    'size': f'{size:,} bytes',
+    'made with': ', '.join(
+      f'{name} {version}' for name, version in manifest['provenance'].items()
+    ),
+  }
+  if 'accuracy' in manifest:
+    facts['accuracy'] = f'{manifest["accuracy"]:.2%}'
+  if 'measured_on' in manifest:
+    measured = manifest['measured_on']
+    facts['measured on'] = f'{measured["images"]} images of {measured["data"]}'
+  if manifest.get('license'):
+    facts['license'] = manifest['license']
+  for name, value in facts.items():
+    console.print(f'{name:<12} {value}', highlight=False, soft_wrap=True)

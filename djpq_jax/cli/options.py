@@ -5,10 +5,14 @@ import argparse
 from djpq_jax import parallel
 
 
-def add_config(command: argparse.ArgumentParser) -> None:
+def add_config(
+  command: argparse.ArgumentParser, *, required: bool = True
+) -> None:
   """Adds what names a config and overrides its fields."""
   command.add_argument(
-    '--config', required=True, help='a config file, or a packaged name'
+    '--config',
+    required=required,
+    help='a config file, or a packaged name; a variant after a colon',
   )
   command.add_argument(
     '--set',

@@ -105,7 +105,8 @@ class Plan:
   def to_json(self) -> dict[str, Any]:
     """Returns the plan as JSON-ready lists and numbers."""
     return {
-      'open': {k: np.flatnonzero(v).tolist() for k, v in self.open.items()},
+      # As hexadecimal digits, the first channel in the highest bit.
+      'open': {k: np.packbits(v).tobytes().hex() for k, v in self.open.items()},
       'size': {k: len(v) for k, v in self.open.items()},
       'weight_bits': dict(self.weight_bits),
       'act_bits': dict(self.act_bits),
@@ -114,9 +115,10 @@ class Plan:
   @classmethod
   def from_json(cls, tree: Mapping[str, Any]) -> 'Plan':
     """Reads what `to_json` wrote."""
-    masks = {k: np.zeros(tree['size'][k], bool) for k in tree['open']}
-    for name, kept in tree['open'].items():
-      masks[name][kept] = True
+    masks = {}
+    for name, digits in tree['open'].items():
+      packed = np.frombuffer(bytes.fromhex(digits), np.uint8)
+      masks[name] = np.unpackbits(packed)[: tree['size'][name]].astype(bool)
     bits = {k: dict(tree[k]) for k in ('weight_bits', 'act_bits')}
     return cls(open=masks, **bits)
 

@@ -38,6 +38,7 @@ def deploy(run: setting.Run, hardened, workdir, float_accuracy, start):
       more={
         'accuracy': evaluation.accuracy(before, run.test_split),
         'float_accuracy': float_accuracy,
+        'license': config.license,
         'measured_on': {
           'data': config.data.name,
           'kwargs': config.data.kwargs.to_dict(),
