@@ -24,7 +24,8 @@ class Search:
   """What a search found, as plain numbers.
 
   Attributes:
-    weight_bits: layer path -> real-valued bits.
+    weight_bits: layer path -> real-valued bits, also where the search allowed
+      only some: they tell which of them was nearer.
     act_bits: layer path -> real-valued bits.
     log_alpha: group name -> log signal-to-noise per channel, [size].
   """
@@ -39,8 +40,8 @@ def read(model: compress.Compressed) -> Search:
   weight_bits, act_bits, log_alpha = {}, {}, {}
   for path, _, operands in compress.hooks(model):
     if operands.weight is not None:
-      weight_bits[path] = float(operands.weight.bits())
-      act_bits[path] = float(operands.act.bits())
+      weight_bits[path] = float(operands.weight.bits(restricted=False))
+      act_bits[path] = float(operands.act.bits(restricted=False))
   for g, gate in zip(model.structure.gated, model.gates):
     name = model.structure.groups[g].name
     log_alpha[name] = np.asarray(gate.log_alpha())

@@ -135,8 +135,13 @@ class Quantizer(nnx.Module):
       step = quantize.step_for_bits(float(bits), clip, t, signed=signed)
       self.log_step = QuantParam(jnp.log(step))
 
-  def grid(self):
-    """Returns (step, clip, exponent) as they apply now."""
+  def grid(self, *, restricted: bool = True):
+    """Returns (step, clip, exponent) as they apply now.
+
+    Args:
+      restricted: whether the bits are one of the choices, if there are any;
+        else they are those that are learned.
+    """
     log_clip = self.log_clip[...]
     clip = jnp.exp(log_clip)
     exponent: Any = 1.0
@@ -151,7 +156,7 @@ class Quantizer(nnx.Module):
     assert self.log_step is not None
     low, high = (log_range - np.log(self._levels(b)) for b in self.bounds[::-1])
     log_step = bounded(self.log_step[...], low, high)
-    if self.choices:
+    if self.choices and restricted:
       bits = quantize.bit_width(
         jnp.exp(log_step), clip, exponent, signed=self.signed
       )
@@ -170,11 +175,11 @@ class Quantizer(nnx.Module):
   def _levels(self, bits: float) -> float:
     return 2.0 ** (bits - self.signed) - 1.0
 
-  def bits(self):
+  def bits(self, *, restricted: bool = True):
     """Bits of the grid: differentiable, or a whole float if fixed."""
     if self.fixed_bits is not None:
       return self.fixed_bits
-    step, clip, exponent = self.grid()
+    step, clip, exponent = self.grid(restricted=restricted)
     # One grid per channel shares one width: that of its widest channel.
     return jnp.max(quantize.bit_width(step, clip, exponent, signed=self.signed))
 

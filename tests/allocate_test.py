@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 
+import chex
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,18 @@ def searched(name, *rules, seed=0):
   for gate in net.gates:
     gate.log_sigma2.set_value(jnp.float32(rng.normal(-2, 4, gate.size)))
   return net
+
+
+def test_bits_are_read_as_they_are_learned():
+  """Not as a restricted search rounds them: many would tie."""
+  net = searched('lenet5')
+  before = allocate.read(net)
+  compress.restrict(net, (2, 4, 8))
+  after = allocate.read(net)
+  for kind in ('weight_bits', 'act_bits'):
+    chex.assert_trees_all_close(
+      dict(getattr(after, kind)), dict(getattr(before, kind)), rtol=1e-5
+    )
 
 
 @functools.cache

@@ -179,6 +179,7 @@ def test_restricted_bits_are_the_nearest_in_octaves():
       1.5, bits, signed=True, bounds=(2, 8), choices=(4, 2, 8)
     )
     np.testing.assert_allclose(q.bits(), want, rtol=1e-5)
+    np.testing.assert_allclose(q.bits(restricted=False), bits, rtol=1e-5)
     x = _normal(100)
     plain = layers.Quantizer(1.5, want, signed=True, bounds=(2, 8))
     np.testing.assert_allclose(q(x), plain(x), atol=1e-6)
