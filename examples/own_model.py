@@ -64,7 +64,7 @@ def main():
   relative = harden.totals(hardened, rows)['relative_bops']
   before = evaluation.evaluate(model, test_split)
   after = evaluation.evaluate(hardened, test_split)
-  print(f'{before:.1%} -> {after:.1%} at {relative:.2%} of the BOPs')
+  print(f'{before:.1%} -> {after:.1%} at {relative:.3%} of the BOPs')
 
 
 if __name__ == '__main__':

@@ -11,7 +11,7 @@ EXAMPLES = pathlib.Path(__file__).parent.parent / 'examples'
 RESULTS = {
   'own_model.py': (
     r'conv2: \d+ of 48 channels, \d+ x \d+ bits',
-    r'-> (\d+\.\d)% at 0\.9\d% of the BOPs',
+    r'-> (\d+\.\d)% at 0\.9\d\d% of the BOPs',
   ),
   'linen_primitives.py': (
     r'Dense_1: \d+% of the inputs, \d+\.\d x \d+\.\d bits',
