@@ -69,10 +69,8 @@ def _draw_accuracy(
     zorder=3,
     label='hardened',
   )
-  seen = [
-    y
-    for _, y in history_lib.later(steps, train) + history_lib.later(steps, test)
-  ]
+  start = history_lib.settled_from(steps)
+  seen = [y for x, y in [*zip(*train), *zip(*test)] if x > start]
   axes.set_ylim(min(90, 5 * (min([*seen, *final]) // 5)), 100.6)
   style.title(axes, 'Accuracy, %', lift=10)
 

@@ -54,12 +54,9 @@ def phase_spans(
   ]
 
 
-def later(
-  steps: Sequence[float], points: tuple[Sequence[float], Sequence[float]]
-) -> list[tuple[float, float]]:
-  """The points after the first twentieth of the run.
+def settled_from(steps: Sequence[float]) -> float:
+  """The end of the first twentieth of a run.
 
-  The first steps are guesses; on an axis they would squeeze all the others.
+  What came before are guesses; on an axis they would squeeze all the rest.
   """
-  start = steps[0] + (steps[-1] - steps[0]) / 20
-  return [(x, y) for x, y in zip(*points, strict=True) if x > start]
+  return steps[0] + (steps[-1] - steps[0]) / 20
