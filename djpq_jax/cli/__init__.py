@@ -1,4 +1,4 @@
-"""The command line: `djpq train | sweep | inspect | evaluate | data`."""
+"""The command line, `djpq COMMAND`: see the modules of this folder."""
 
 import argparse
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from djpq_jax import train
 from djpq_jax.cli import data
 from djpq_jax.cli import evaluate
 from djpq_jax.cli import inspection
+from djpq_jax.cli import report
 from djpq_jax.cli import sweep
 from djpq_jax.cli import training
 
@@ -46,6 +47,6 @@ def _parser() -> argparse.ArgumentParser:
     '--debug', action='store_true', help='show tracebacks of errors'
   )
   commands = parser.add_subparsers(required=True, metavar='command')
-  for module in (training, sweep, inspection, evaluate, data):
+  for module in (training, sweep, inspection, evaluate, report, data):
     module.add_command(commands)
   return parser
