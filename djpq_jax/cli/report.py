@@ -87,7 +87,7 @@ def _read(folder: pathlib.Path) -> dict:
   except FileNotFoundError:
     if (folder / workdir.CONFIG).exists():
       raise FileNotFoundError(
-        f'{folder} is not finished: the same djpq train goes on with it'
+        f'{folder} is not finished: the same command goes on with it'
       ) from None
     raise FileNotFoundError(
       f'{folder} is no finished run: it has no {report_lib.FILE_NAME}'
