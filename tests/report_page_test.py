@@ -69,28 +69,14 @@ def parsed(content: str) -> Seen:
   return Seen(parser.seen.tags, words, faults)
 
 
-def weights(report):
-  rng = np.random.default_rng(0)
-  out = {}
-  for layer in report['layers']:
-    top = 2 ** (layer['weight_bits'] - 1) - 1
-    out[layer['name']] = report_lib.count_weights(
-      rng.integers(-top, top + 1, 200), layer['weight_bits'], 0.125
-    )
-  return out
-
-
-def one(name='run', **changes):
-  report = sample_report.make() | changes
-  return report_lib.Run(name=name, report=report, weights=weights(report))
-
-
 def attributes(seen, name):
   return [a[name] for _, a in seen.tags if a.get(name) is not None]
 
 
 def test_page_is_well_formed_and_needs_no_network(tmp_path):
-  path = report_lib.write_page([one()], tmp_path / 'new' / 'page.html')
+  path = report_lib.write_page(
+    [sample_report.run()], tmp_path / 'new' / 'page.html'
+  )
   assert [f.name for f in path.parent.iterdir()] == ['page.html']
   content = path.read_text(encoding='utf-8')
   seen = parsed(content)
@@ -104,12 +90,14 @@ def test_page_is_well_formed_and_needs_no_network(tmp_path):
 
 
 def test_the_same_runs_give_the_same_bytes():
-  assert page.render([one()]) == page.render([one()])
+  assert page.render([sample_report.run()]) == page.render(
+    [sample_report.run()]
+  )
 
 
 def test_every_number_of_the_report_is_there():
   report = sample_report.make()
-  content = page.render([one()])
+  content = page.render([sample_report.run()])
   seen = parsed(content)
   tips = '\n'.join(attributes(seen, 'data-tip'))
   for layer in report['layers']:
@@ -149,9 +137,11 @@ def test_names_are_text_and_nothing_else():
   report['groups'][1] |= dict(name=EVIL, reason=EVIL)
   report['history'][0]['phase'] = EVIL
   report['config']['note'] = EVIL
-  run = report_lib.Run(name=EVIL, report=report, weights=weights(report))
-  plain = page.render([one(), one('other')])
-  content = page.render([run, one('other')])
+  run = report_lib.Run(
+    name=EVIL, report=report, weights=sample_report.weights(report)
+  )
+  plain = page.render([sample_report.run(), sample_report.run('other')])
+  content = page.render([run, sample_report.run('other')])
   seen = parsed(content)
   assert seen.faults == []
   assert 'img' not in {tag for tag, _ in seen.tags}
@@ -164,9 +154,11 @@ def test_names_are_text_and_nothing_else():
 
 
 def test_an_over_run_budget_is_said():
-  seen = parsed(page.render([one(budget=1e-5)]))
+  seen = parsed(page.render([sample_report.run(budget=1e-5)]))
   assert '✗ over the budget of 0.001' in seen.text
-  assert 'no budget' in parsed(page.render([one(budget=None)])).text
+  assert (
+    'no budget' in parsed(page.render([sample_report.run(budget=None)])).text
+  )
 
 
 def test_optional_parts_may_lack():
@@ -203,9 +195,11 @@ def test_layers_without_weights_and_channels():
 
 def test_several_runs_are_compared():
   runs = [
-    one('small', accuracy=0.9, relative_bops=0.001),
-    one('good', accuracy=0.98, relative_bops=0.002),
-    one('beaten', accuracy=0.95, relative_bops=0.004, budget=0.003),
+    sample_report.run('small', accuracy=0.9, relative_bops=0.001),
+    sample_report.run('good', accuracy=0.98, relative_bops=0.002),
+    sample_report.run(
+      'beaten', accuracy=0.95, relative_bops=0.004, budget=0.003
+    ),
   ]
   seen = parsed(page.render(runs))
   assert seen.faults == []
@@ -217,7 +211,7 @@ def test_several_runs_are_compared():
   controls = attributes(seen, 'aria-controls') + attributes(seen, 'for')
   assert set(controls) <= set(ids)
   assert 'do not compare' not in seen.text.partition('Each phase')[0]
-  other = one('other', config={'model': {'name': 'vgg'}})
+  other = sample_report.run('other', config={'model': {'name': 'vgg'}})
   assert 'not of one model and data set (cnn; vgg)' in (
     parsed(page.render([runs[0], other])).text
   )
@@ -227,13 +221,13 @@ def test_refuses():
   with pytest.raises(ValueError, match='no run to report'):
     page.render([])
   with pytest.raises(ValueError, match='several runs have the name a'):
-    page.render([one('a'), one('a')])
+    page.render([sample_report.run('a'), sample_report.run('a')])
 
 
 def test_a_failed_page_leaves_the_old_one(tmp_path):
-  path = report_lib.write_page([one()], tmp_path / 'page.html')
+  path = report_lib.write_page([sample_report.run()], tmp_path / 'page.html')
   before = path.read_bytes()
-  broken = dataclasses.replace(one(), report={})
+  broken = dataclasses.replace(sample_report.run(), report={})
   with pytest.raises(KeyError):
     report_lib.write_page([broken], path)
   assert path.read_bytes() == before
@@ -241,7 +235,7 @@ def test_a_failed_page_leaves_the_old_one(tmp_path):
 
 
 def test_charts_say_what_they_show():
-  seen = parsed(page.render([one()]))
+  seen = parsed(page.render([sample_report.run()]))
   labels = [a['aria-label'] for t, a in seen.tags if a.get('role') == 'img']
   assert len(labels) == 5 + 3  # curves, and weights of three layers
   bops = next(label for label in labels if label.startswith('BOPs'))

@@ -1,4 +1,8 @@
-"""A small report with all that a report can hold."""
+"""A small report with all that a report can hold, and a run of it."""
+
+import numpy as np
+
+from djpq_jax import report as report_lib
 
 
 def _layer(name, channels, bits, macs, float_macs):
@@ -62,3 +66,21 @@ def make():
     ],
     history=_history(),
   )
+
+
+def weights(report):
+  """Some for each layer, on its grid."""
+  rng = np.random.default_rng(0)
+  out = {}
+  for layer in report['layers']:
+    top = 2 ** (layer['weight_bits'] - 1) - 1
+    out[layer['name']] = report_lib.count_weights(
+      rng.integers(-top, top + 1, 200), layer['weight_bits'], 0.125
+    )
+  return out
+
+
+def run(name='run', **changes):
+  """For the page; the changes are those of its report."""
+  report = make() | changes
+  return report_lib.Run(name=name, report=report, weights=weights(report))
