@@ -203,7 +203,7 @@ def test_several_runs_are_compared():
   ]
   seen = parsed(page.render(runs))
   assert seen.faults == []
-  assert 'no other beats in both: small and good.' in seen.text
+  assert 'with as few BOPs as small or good. In the table they are' in seen.text
   assert '0.3 % ✗ over' in seen.text
   assert len([a for _, a in seen.tags if a.get('role') == 'tab']) == 3
   ids = attributes(seen, 'id')

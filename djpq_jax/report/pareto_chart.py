@@ -10,7 +10,7 @@ Named = Sequence[tuple[str, Mapping[str, Any]]]
 
 
 def front(reports: Named) -> list[str]:
-  """Names of the runs that no other beats in accuracy and BOPs at once.
+  """Names of the runs than which no other is as accurate with as few BOPs.
 
   Args:
     reports: names and reports.
@@ -151,6 +151,6 @@ def _description(reports: Named, best: Sequence[str]) -> str:
   parts = [_tip(name, report).replace('\n', ', ') for name, report in reports]
   return (
     f'Accuracy against relative BOPs of {len(reports)} runs: '
-    f'{"; ".join(parts)}. No other run is better in both than '
-    f'{", ".join(best)}.'
+    f'{"; ".join(parts)}. No other run is as accurate with as few BOPs as '
+    f'{" or ".join(best)}.'
   )
