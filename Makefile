@@ -16,11 +16,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 TREE_MODE_TESTS = $(wildcard tests/graph* tests/layers* tests/train*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format wheel clean
+.PHONY: help demo test browser lint format wheel clean
 
 help:
 	@echo 'make demo    train, compress, harden and evaluate on real digits'
 	@echo 'make test    lint, types, tests and doctests'
+	@echo 'make browser a Chromium for the tests of the HTML report'
 	@echo 'make lint    ruff, mypy and shellcheck'
 	@echo 'make format  rewrite the code in the house style'
 	@echo 'make wheel   build the wheel and the sdist into dist/'
@@ -37,11 +38,16 @@ test: lint
 	  NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false \
 	  $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" $(TREE_MODE_TESTS); fi
 
+# A Chromium for the tests of the HTML report, which are skipped without one.
+browser: .venv/.dev-installed
+	$(BIN)/python -m pip install -e '.[browser]'
+	.ci/browser $(BIN)/python
+
 lint: .venv/.dev-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck -x .ci/run launch/*.sh
+	$(BIN)/shellcheck -x .ci/run .ci/browser launch/*.sh
 
 format: .venv/.dev-installed
 	$(BIN)/ruff check --fix .

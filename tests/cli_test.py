@@ -189,6 +189,58 @@ def test_evaluate_refuses(finished, tmp_path, capsys):
   assert 'is damaged' in refused(capsys, *evaluate, str(broken))
 
 
+def test_report_is_one_page_of_the_run(finished, tmp_path, capsys):
+  run = pathlib.Path(shutil.copytree(finished.workdir, tmp_path / 'run'))
+  assert cli.main(['report', str(run)]) == 0
+  assert str(run / 'report.html') in capsys.readouterr().out
+  content = (run / 'report.html').read_text(encoding='utf-8')
+  assert f'{100 * finished.report["accuracy"]:.2f} %' in content
+  # Each layer has its weights, and all of them.
+  for row in finished.report['layers']:
+    assert f'{row["name"]}: bits {row["weight_bits"]}' in content
+    assert f'weights {row["weights"]:,}' in content
+  assert 'is an output of the model' in content
+
+
+def test_report_compares_runs(finished, tmp_path, capsys, monkeypatch):
+  """One of them has lost its artifact, which is no reason to refuse."""
+  monkeypatch.chdir(tmp_path)
+  first = shutil.copytree(finished.workdir, tmp_path / 'x' / 'run')
+  second = shutil.copytree(finished.workdir, tmp_path / 'y' / 'run')
+  shutil.rmtree(second / 'artifact')
+  # A run that is named twice is there once.
+  assert cli.main(['report', str(first), 'y/run', 'x/run']) == 0
+  printed = capsys.readouterr().out
+  assert 'y/run: without the distribution of weights: ' in printed
+  content = (tmp_path / 'report.html').read_text(encoding='utf-8')
+  assert '2 runs compared' in content
+  assert 'x/run' in content
+  assert 'The artifact could not be read' in content
+  out = tmp_path / 'new' / 'page.html'
+  assert cli.main(['report', str(second), '--out', str(out)]) == 0
+  assert out.is_file()
+
+
+def test_report_refuses(finished, tmp_path, capsys):
+  def said(*args):
+    return refused(capsys, 'report', *map(str, args))
+
+  assert 'there is no run' in said(tmp_path / 'none')
+  (tmp_path / 'file').write_text('mine')
+  assert 'is a file, not a folder' in said(tmp_path / 'file')
+  run = tmp_path / 'run'
+  run.mkdir()
+  assert 'is no finished run: it has no report.json' in said(run)
+  shutil.copy(finished.workdir / 'config.json', run)
+  assert 'is not finished' in said(finished.workdir, run)
+  (run / 'report.json').write_text('{')
+  assert 'is truncated or not JSON' in said(run)
+  (run / 'sweep.json').write_text('[]')
+  assert 'is truncated or is not a sweep' in said(run)
+  assert 'is a folder' in said(finished.workdir, '--out', tmp_path)
+  assert not list(tmp_path.rglob('*.html'))
+
+
 def test_a_workdir_in_use_is_never_overwritten_silently(
   finished, config, capsys
 ):

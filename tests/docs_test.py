@@ -10,7 +10,10 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize('name', ['README.md', 'docs/method.md'])
+DOCUMENTS = ['README.md', 'docs/method.md', 'docs/report.md']
+
+
+@pytest.mark.parametrize('name', DOCUMENTS)
 def test_examples_run(name):
   flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
   failed, _ = doctest.testfile(

@@ -84,6 +84,14 @@ def test_more_budgets_train_only_what_is_new(
   assert '5.000%' in capsys.readouterr().out
 
 
+def test_report_of_a_sweep_is_that_of_its_budgets(swept, tmp_path):
+  out = tmp_path / 'page.html'
+  assert cli.main(['report', str(swept), '--out', str(out)]) == 0
+  content = out.read_text(encoding='utf-8')
+  assert '2 runs compared' in content
+  assert content.index('>budget-0.05<') < content.index('>budget-0.02<')
+
+
 @pytest.mark.parametrize(
   ('args', 'message'),
   [

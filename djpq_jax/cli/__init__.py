@@ -1,4 +1,4 @@
-"""The command line: `djpq train | sweep | inspect | evaluate | diff | data`."""
+"""The command line, `djpq COMMAND`: see the modules of this folder."""
 
 import argparse
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from djpq_jax.cli import data
 from djpq_jax.cli import diff
 from djpq_jax.cli import evaluate
 from djpq_jax.cli import inspection
+from djpq_jax.cli import report
 from djpq_jax.cli import sweep
 from djpq_jax.cli import training
 
@@ -47,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     '--debug', action='store_true', help='show tracebacks of errors'
   )
   commands = parser.add_subparsers(required=True, metavar='command')
-  for module in (training, sweep, inspection, evaluate, diff, data):
+  modules = training, sweep, inspection, evaluate, diff, report, data
+  for module in modules:
     module.add_command(commands)
   return parser

@@ -1,4 +1,4 @@
-"""What a run reports: `report.json`, the table on the terminal, the pictures.
+"""What a run reports: `report.json`, terminal, pictures, HTML page.
 
 A report is a dict. It always holds the keys in `KEYS`, and per layer those in
 `LAYER_KEYS`. It may also hold
@@ -16,6 +16,9 @@ Accuracies, relative BOPs, the budget and kept fractions are fractions of one.
 
 from djpq_jax.report.curve_picture import plot_curves
 from djpq_jax.report.layer_picture import plot_layers
+from djpq_jax.report.page import FILE_NAME as PAGE_NAME
+from djpq_jax.report.page import write_page
+from djpq_jax.report.page_facts import Run
 from djpq_jax.report.pareto_picture import plot_pareto
 from djpq_jax.report.record import FILE_NAME
 from djpq_jax.report.record import KEYS
@@ -26,11 +29,17 @@ from djpq_jax.report.text import headline
 from djpq_jax.report.text import print_report
 from djpq_jax.report.text import summary
 from djpq_jax.report.text import table
+from djpq_jax.report.weight_chart import Weights
+from djpq_jax.report.weight_chart import count as count_weights
 
 __all__ = [
   'FILE_NAME',
   'KEYS',
   'LAYER_KEYS',
+  'PAGE_NAME',
+  'Run',
+  'Weights',
+  'count_weights',
   'headline',
   'plot_curves',
   'plot_layers',
@@ -40,4 +49,5 @@ __all__ = [
   'summary',
   'table',
   'write',
+  'write_page',
 ]
