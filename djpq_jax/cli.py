@@ -1,8 +1,9 @@
-"""The command line: `djpq train | inspect | evaluate | data`."""
+"""The command line: `djpq train | inspect | evaluate | export | data`."""
 
 import argparse
 from collections.abc import Sequence
 import contextlib
+import dataclasses
 import json
 import pathlib
 import sys
@@ -22,6 +23,7 @@ from djpq_jax import data
 from djpq_jax import data_cli
 from djpq_jax import evaluation
 from djpq_jax import experiment
+from djpq_jax import export
 from djpq_jax import harden
 from djpq_jax import interruption
 from djpq_jax import parallel
@@ -114,6 +116,45 @@ def _parser() -> argparse.ArgumentParser:
   command.add_argument('--data-dir', help='where the data set was prepared')
   command.add_argument('--json', action='store_true', help='print JSON')
   command.set_defaults(run=_evaluate)
+
+  command = commands.add_parser(
+    'export', help='write a hardened model as ONNX or StableHLO, and check it'
+  )
+  command.add_argument('--artifact', required=True, help='its folder')
+  command.add_argument('--format', required=True, choices=export.FORMATS)
+  command.add_argument('--out', required=True, metavar='FILE')
+  command.add_argument(
+    '--batch',
+    default='symbolic',
+    metavar='N',
+    help='images of a call, or "symbolic" for any number (default)',
+  )
+  command.add_argument(
+    '--form',
+    choices=export.FORMS,
+    default='qdq',
+    help='of ONNX: QuantizeLinear and DequantizeLinear around each layer, for '
+    'runtimes to fuse (default), or integer operators with exact sums',
+  )
+  command.add_argument(
+    '--data', help='what to check it on; by default as for evaluate'
+  )
+  command.add_argument('--data-dir', help='where the data set was prepared')
+  command.add_argument(
+    '--images', type=int, default=1000, help='test images to check it on'
+  )
+  command.add_argument(
+    '--strict',
+    action='store_true',
+    help='accept no logit that is off by more than one step of its grid',
+  )
+  command.add_argument(
+    '--allow-deviation',
+    action='store_true',
+    help='exit with status 0 even if predictions differ',
+  )
+  command.add_argument('--json', action='store_true', help='print JSON')
+  command.set_defaults(run=_export)
 
   data_cli.add_command(commands)
   return parser
@@ -355,7 +396,8 @@ def _print_inspection(found: dict[str, Any], console) -> None:
   )
 
 
-def _evaluate(args) -> None:
+def _artifact_and_test_split(args):
+  """The manifest, the model, and the test images that it is measured on."""
   manifest = checkpoint.read_manifest(args.artifact)
   model = experiment.load_artifact(args.artifact)
   measured_on = manifest.get('measured_on', {})
@@ -372,6 +414,12 @@ def _evaluate(args) -> None:
       f'the artifact takes images of shape {tuple(manifest["input_shape"])}, '
       f'but {name} has {shape}'
     )
+  return manifest, model, split, name
+
+
+def _evaluate(args) -> None:
+  _, model, split, name = _artifact_and_test_split(args)
+  shape = split.images.shape[1:]
   accuracy = evaluation.evaluate(model, split)
   sample = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
   totals = harden.totals(model, harden.count(model, sample))
@@ -384,6 +432,81 @@ def _evaluate(args) -> None:
   print(f'relative BOPs  {totals["relative_bops"]:.4%} ({ratio:.0f}x fewer)')
   print(f'BOPs           {totals["bops"]:,} of {totals["float_bops"]:,}')
   print(f'MACs           {totals["macs"]:,} of {totals["float_macs"]:,}')
+
+
+def _export(args) -> None:
+  batch = None if args.batch == 'symbolic' else _positive(args.batch, 'batch')
+  count = _positive(args.images, 'images')
+  manifest, model, split, name = _artifact_and_test_split(args)
+  images = _first_images(split, count)
+  facts = {'model': manifest['model']['name'], 'artifact': manifest['sha256']}
+  result = export.export(
+    model,
+    args.out,
+    images,
+    format=args.format,
+    batch=batch,
+    form=args.form,
+    facts=facts,
+  )
+  found = result.deviation
+  if args.json:
+    table = {
+      **dataclasses.asdict(result),
+      'path': str(result.path),
+      'steps': found.steps,
+      'bytes': result.path.stat().st_size,
+    }
+    print(json.dumps(table, indent=1))
+  else:
+    _print_export(result, name)
+  fault = found.fault(strict=args.strict)
+  if fault and not args.allow_deviation:
+    more = '; --form integer has exact sums' * (
+      args.format == 'onnx' and args.form == 'qdq'
+    )
+    raise ValueError(
+      f'{args.out} was written, but {fault}{more}; --allow-deviation accepts it'
+    )
+
+
+def _positive(text, name: str) -> int:
+  try:
+    number = int(text)
+  except ValueError:
+    number = 0
+  if number < 1:
+    raise ValueError(f'--{name} takes a number of images from 1 on, not {text}')
+  return number
+
+
+def _first_images(split: data.Split, count: int) -> np.ndarray:
+  batches = data.eval_batches(split, min(256, count))
+  images: list[np.ndarray] = []
+  for batch in batches:
+    images.append(np.asarray(batch['image'], np.float32))
+    if sum(map(len, images)) >= count:
+      break
+  return np.concatenate(images)[: min(count, len(split))]
+
+
+def _print_export(result: export.Result, name: str) -> None:
+  found = result.deviation
+  size = result.path.stat().st_size
+  same = found.images - found.predictions
+  print(f'file         {result.path}, {size:,} bytes')
+  print(f'predictions  {same} of {found.images} images of {name} are equal')
+  steps = ''
+  if found.steps is not None:
+    steps = f', {found.steps:.2g} steps of their grid'
+  print(f'logits       off by up to {found.largest:.2g}{steps}')
+  if found.beyond_step:
+    print(f'             by more than one step on {found.beyond_step} images')
+  if result.operators:
+    ran = ', '.join(f'{k} x {v}' for k, v in result.operators.items())
+    print(f'run as       {ran}')
+  for layer, why in result.float_layers.items():
+    print(f'in float     {layer}: {why}')
 
 
 if __name__ == '__main__':

@@ -232,13 +232,18 @@ def _rewrite_scaling(graph, node, factor, summand, rank) -> None:
   """Of integer sums: one product, one sum."""
   scale = graph.constants[node.inputs[1]]
   shape = [1, -1, *[1] * (rank - 2)]
-  new = scale.astype(np.float64) * np.reshape(factor, shape if np.ndim(factor) else ())
+  new = scale.astype(np.float64) * np.reshape(
+    factor, shape if np.ndim(factor) else ()
+  )
   node.inputs[1] = graph.constant(new.astype(np.float32), f'{node.layer}/scale')
   if np.any(summand):
     array = np.reshape(summand, shape).astype(np.float32)
     name = graph.constant(array, f'{node.layer}/bias')
     add = nodes.Node(
-      'Add', [node.output, name], graph.name(f'{node.layer}/Add'), {},
+      'Add',
+      [node.output, name],
+      graph.name(f'{node.layer}/Add'),
+      {},
       node.layer,
     )
     graph.dims[add.output] = graph.dims[node.output]
@@ -305,16 +310,16 @@ def _whole_bias(graph: nodes.Graph, node: nodes.Node) -> None:
   if len(node.inputs) > 2:
     bias = graph.constants[node.inputs[2]].astype(np.float64)
   unit = scale.astype(np.float64) * step  # of the sums, before they get finer
-  low = high = np.zeros(channels)
+  begins = np.zeros((channels, 0))
   if grid is not None:
-    low, high = _tolerance(bias, unit, flat.sum(axis=1) * top, *grid)
+    begins = _level_begins(bias, unit, flat.sum(axis=1) * top, *grid)
   # Processors without 8-bit dot products add pairs of products in 16 bits.
   most = min(127, 2**15 // (2 * (255 if signed else top)))
   most = np.maximum(1, most // np.maximum(1, flat.max(axis=1)))
-  finer, whole = _whole_steps(bias / unit, low, high, most)
+  finer, wider, whole = _whole_steps(bias / unit, begins, most)
   if np.any(np.abs(whole) >= 2**30):
     return  # of a channel of tiny weights: no int32, so it stays as it is
-  scale = (scale / finer).astype(np.float32)
+  scale = (scale * wider / finer).astype(np.float32)
   layer = weights.layer
   column = [-1 if a == axis else 1 for a in range(integers.ndim)]
   integers = (integers * finer.reshape(column)).astype(np.int8)
@@ -336,35 +341,57 @@ def _whole_bias(graph: nodes.Graph, node: nodes.Node) -> None:
   node.inputs[2:] = [name]
 
 
-def _whole_steps(bias, low, high, most):
-  """Picks how much finer the sums get, and the bias in steps of these.
+def _whole_steps(bias, begins, most):
+  """Picks finer steps for the sums, and the bias as a whole number of these.
 
-  The finest one for which a whole number lies well between both ends; where
-  there is none, the finest of all and the nearest whole number.
+  Steps and bias may move by what takes no sum to another level.  Of all that
+  are tried those are picked at which the fewest levels begin elsewhere; of
+  these the finest.
 
   Args:
     bias: in steps of the sums as they are, [channels].
-    low: how far it may move, [channels].
-    high: likewise.
-    most: how much finer the sums can get, [channels].
+    begins: from `_level_begins`.
+    most: how many times finer the sums can get, [channels].
 
   Returns:
-    The factors and the biases in the finer steps, whole numbers, [channels].
+    How many times finer they get, a factor near 1 by which their steps are
+    wider than that, and the bias in these steps, each [channels].
   """
-  factors = np.arange(1, most.max() + 1)[:, None]
-  wanted = factors * (bias + (low + high) / 2)
-  whole = np.round(wanted)
-  room = factors * (high - low) / 2
-  fits = (np.abs(whole - wanted) < 0.9 * room) & (factors <= most)
-  finer = np.where(fits, factors, 0).max(axis=0)
-  some = finer > 0
-  finer = np.where(some, finer, most)
-  found = np.take_along_axis(whole, finer[None] - 1, axis=0)[0]
-  return finer, np.where(some, found, np.round(finer * bias))
+  finer, wider = most.copy(), np.ones_like(bias)
+  whole = np.round(most * bias)
+  if not begins.shape[1]:
+    return finer, wider, whole
+  ends = np.ceil(begins)
+  # So much wider moves the outermost level by half a sum.
+  reach = np.nanmax(np.abs(begins + bias[:, None]), axis=1, initial=1.0)
+  fewest = np.full(len(bias), np.inf)
+  for factor in range(most.max(), 0, -1):
+    for stretch in sorted(np.linspace(-1, 1, 21), key=abs):
+      todo = np.flatnonzero((fewest > 0) & (factor <= most))
+      if not todo.size:
+        break
+      width = 1 + stretch / 2 / reach[todo]
+      # The bias that puts a level's begin at the sum at which it is.
+      room = (begins + bias[:, None])[todo] / width[:, None] - ends[todo]
+      low = np.nanmax(room, axis=1, initial=-np.inf)
+      high = np.nanmin(room, axis=1, initial=np.inf) + 1
+      middle = np.where(np.isfinite(low + high), (low + high) / 2, bias[todo])
+      tried = np.round(factor * middle)
+      moved = room - (tried / factor)[:, None]
+      # Not just inside: float32 has to see it too.
+      elsewhere = ((moved <= -1 + MARGIN) | (moved > -MARGIN)).sum(axis=1)
+      better = elsewhere < fewest[todo]
+      at = todo[better]
+      finer[at], wider[at], whole[at] = factor, width[better], tried[better]
+      fewest[at] = elsewhere[better]
+  return finer, wider, whole
 
 
-def _tolerance(bias, unit, reach, step, lowest, highest):
-  """How far a bias may move before a sum goes to another level.
+MARGIN = 1e-4  # of a step of the sums
+
+
+def _level_begins(bias, unit, reach, step, lowest, highest):
+  """Sums at which the levels of the next grid begin.
 
   A sum n, whole, becomes round((n unit + bias) / step).  Level k begins at
   n = ceil(T), T = ((k - 1/2) step - bias) / unit, whatever happens to T
@@ -379,15 +406,11 @@ def _tolerance(bias, unit, reach, step, lowest, highest):
     highest: its last one.
 
   Returns:
-    The ends of the open interval, in whole sums, each [channels].
+    T, [channels, highest - lowest]; nan where no sum comes near.
   """
   levels = np.arange(lowest + 1, highest + 1)
   at = ((levels - 0.5) * step - bias[:, None]) / unit[:, None]
-  below = at - np.ceil(at)
-  met = np.abs(at) <= reach[:, None] + 1  # no other level is ever reached
-  low = np.where(met, below, -1.0).max(axis=1, initial=-1.0)
-  high = np.where(met, below + 1, 1.0).min(axis=1, initial=1.0)
-  return low, high
+  return np.where(np.abs(at) <= reach[:, None] + 1, at, np.nan)
 
 
 # What ONNX Runtime moves a QuantizeLinear across.
@@ -402,23 +425,23 @@ def _next_grid(graph, node):
   if below is None or below.op != 'QuantizeLinear':
     return None
   step, zero = (graph.constants[i] for i in below.inputs[1:])
-  low, high = _levels(graph, graph.only_consumer(below.output), zero.dtype)
+  low, high = _levels(graph, graph.only_consumer(below.output), int(zero))
   return float(step), low, high
 
 
-def _levels(graph, clip, dtype):
-  """The integers that a clip leaves, or that a type has."""
-  info = np.iinfo(dtype)
-  if clip is None or clip.op != 'Clip' or not all(clip.inputs[1:]):
-    return info.min, info.max
-  return tuple(int(graph.constants[i]) for i in clip.inputs[1:])
+def _levels(graph, clip, zero: int) -> tuple[int, int]:
+  """The whole numbers that a clip leaves, or that the type has."""
+  low, high = 0, 255
+  if clip is not None and clip.op == 'Clip' and all(clip.inputs[1:]):
+    low, high = (int(graph.constants[i]) for i in clip.inputs[1:])
+  return low - zero, high - zero
 
 
 def _largest_input(graph, dequantize) -> tuple[int, bool]:
   """The largest magnitude of a level, and whether levels have a sign."""
-  signed = graph.constants[dequantize.inputs[2]].dtype == np.int8
+  zero = int(graph.constants[dequantize.inputs[2]])
   above = graph.producer(dequantize.inputs[0])
   while above is not None and above.op in ('Transpose', 'Reshape'):
     above = graph.producer(above.inputs[0])
-  low, high = _levels(graph, above, np.int8 if signed else np.uint8)
-  return max(-low, high, 1), signed
+  low, high = _levels(graph, above, zero)
+  return max(-low, high, 1), zero > 0

@@ -1,8 +1,10 @@
 """ONNX files: written from a graph, and run by ONNX Runtime."""
 
+import collections
 import importlib
 import os
 import pathlib
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -79,7 +81,9 @@ def to_proto(graph: nodes.Graph, facts: dict[str, str]):
     return helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, dims)
 
   model = helper.make_model(
-    helper.make_graph(made, 'djpq', [info(INPUT)], [info(graph.output)], tensors),
+    helper.make_graph(
+      made, 'djpq', [info(INPUT)], [info(graph.output)], tensors
+    ),
     opset_imports=[helper.make_opsetid('', OPSET)],
     ir_version=IR_VERSION,
     producer_name='djpq_jax',
@@ -111,7 +115,8 @@ class Session:
     runtime = require('onnxruntime')
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # errors
-    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    if hasattr(os, 'sched_getaffinity'):  # else it binds to cores of others
+      options.intra_op_num_threads = len(os.sched_getaffinity(0))
     levels = runtime.GraphOptimizationLevel
     options.graph_optimization_level = (
       levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
@@ -129,3 +134,14 @@ class Session:
     """Images [B, H, W, C] -> logits [B, classes], float32."""
     name = self._session.get_inputs()[0].name
     return self._session.run(None, {name: images})[0]
+
+
+def operators(path) -> dict[str, int]:
+  """How often ONNX Runtime runs which operator, most frequent first."""
+  onnx = require('onnx')
+  with tempfile.TemporaryDirectory() as folder:
+    optimized = pathlib.Path(folder) / 'optimized.onnx'
+    Session(path, optimized_path=optimized)
+    model = onnx.load(str(optimized))
+  names = [node.op_type for node in model.graph.node]
+  return dict(collections.Counter(names).most_common())

@@ -32,18 +32,16 @@ def layer_input(t, eqn, values):
   if grid.levels > (INT8_LEVELS if grid.signed else UINT8_LEVELS):
     t.float_layers[layer] = f'its inputs have {grid.bits} bits'
     return _rounded(t, x, grid)
-  dtype = np.int8 if grid.signed else np.uint8
-  shift = 0
-  if t.form == 'integer' and grid.signed:
-    # ONNX Runtime's integer operators take unsigned inputs alone.
-    dtype, shift = np.uint8, 128
-  zero = np.array(shift, dtype)
+  # One type for all: ONNX Runtime fuses no layer from one type to another.
+  shift = 128 if grid.signed else 0
+  zero = np.array(shift, np.uint8)
   low = shift - grid.levels if grid.signed else 0
   high = shift + grid.levels
   q = _node(t, layer, 'QuantizeLinear', x, np.float32(grid.step), zero)
-  info = np.iinfo(dtype)
-  if (low, high) != (info.min, info.max):
-    q = _node(t, layer, 'Clip', q, np.array(low, dtype), np.array(high, dtype))
+  if (low, high) != (0, UINT8_LEVELS):
+    q = _node(
+      t, layer, 'Clip', q, np.array(low, np.uint8), np.array(high, np.uint8)
+    )
   scale = np.float32(grid.step)
   result = _node(t, layer, 'DequantizeLinear', q, scale, zero)
   t.integers[result.name] = q.name, zero, layer
@@ -133,9 +131,7 @@ def _integer_product(t, op, known, kernel, axis, dims, attributes) -> str:
     t.graph.constant(kernel.integers, f'{layer}/kernel'),
     t.graph.constant(zero, f'{layer}/zero'),
   ]
-  sums = t.graph.add(
-    f'{op}Integer', names, dims, layer=layer, **attributes
-  )
+  sums = t.graph.add(f'{op}Integer', names, dims, layer=layer, **attributes)
   cast = t.graph.add('Cast', [sums], dims, layer=layer, to=1)
   others = tuple(a for a in range(kernel.step.ndim) if a != axis)
   step = kernel.step.max(axis=others)
@@ -151,8 +147,10 @@ def convolution(t, eqn, values):
   """Conv, with the batch first and the channels second."""
   p = eqn.params
   if any(d != 1 for d in p['lhs_dilation']):
-    raise t.refusal("'conv_general_dilated' with a dilated input, as of a "
-                    'transposed convolution')
+    raise t.refusal(
+      "'conv_general_dilated' with a dilated input, as of a "
+      'transposed convolution'
+    )
   if p['batch_group_count'] != 1:
     raise t.refusal("'conv_general_dilated' with groups of the batch")
   if any(n < 0 for pair in p['padding'] for n in pair):
@@ -171,9 +169,7 @@ def convolution(t, eqn, values):
     kernel = t.full(kernel, eqn.invars[1].aval.shape, numbers.rhs_spec)
     return t.add('Conv', [x, kernel], dims, numbers.out_spec, **attributes)
   kernel = _transposed(kernel, numbers.rhs_spec)
-  return _product(
-    t, 'Conv', x, kernel, 0, dims, numbers.out_spec, **attributes
-  )
+  return _product(t, 'Conv', x, kernel, 0, dims, numbers.out_spec, **attributes)
 
 
 def _transposed(kernel, perm):
@@ -211,11 +207,11 @@ def dot(t, eqn, values):
       y = Constant(np.broadcast_to(y.array, yshape))
     y = _transposed(y, (*rcontract, *yfree))
     y = _reshaped(y, (size, math.prod(y_sizes)))
-    x = _matrix(t, x, shape, [*free, *contract], [*(shape[a] for a in free), size])
-    product = [*(shape[a] for a in free), math.prod(y_sizes)]
-    found = _product(
-      t, 'MatMul', x, y, 1, product, tuple(range(len(product)))
+    x = _matrix(
+      t, x, shape, [*free, *contract], [*(shape[a] for a in free), size]
     )
+    product = [*(shape[a] for a in free), math.prod(y_sizes)]
+    found = _product(t, 'MatMul', x, y, 1, product, tuple(range(len(product))))
     return t.reshaped(found, dims)
   sizes = [shape[a] for a in batch]
   rows = math.prod(shape[a] for a in free)

@@ -290,7 +290,10 @@ def _squeeze(t, eqn, values):
   x = values[0]
   if isinstance(x, Kernel):
     return _reshape(t, eqn, values)
-  gone = eqn.params['dimensions']
+  return _squeezed(t, x, eqn.params['dimensions'])
+
+
+def _squeezed(t, x, gone):
   dims = [d for axis, d in enumerate(x.dims) if axis not in gone]
   kept = [axis for axis in x.order if axis not in gone]
   at = sorted(x.order.index(axis) for axis in gone)
@@ -343,6 +346,36 @@ def _slice(t, eqn, values):
   return t.add('Slice', names, eqn.outvars[0].aval.shape, x.order)
 
 
+def _gather(t, eqn, values):
+  """Known places along one axis, as x[:, ::2], or one place, as x[:, 0]."""
+  x, at = values
+  numbers = eqn.params['dimension_numbers']
+  shape = eqn.invars[0].aval.shape
+  sizes = eqn.params['slice_sizes']
+  dims = eqn.outvars[0].aval.shape
+  if not isinstance(at, Constant) or numbers.operand_batching_dims:
+    raise t.refusal("'gather' at places that depend on the images")
+  x = t.full(x, shape, x.order)
+  axes, gone = numbers.start_index_map, numbers.collapsed_slice_dims
+  if at.array.ndim == 2 and len(axes) == 1 and gone == axes:
+    (axis,) = axes
+    whole = all(a == axis or sizes[a] == n for a, n in enumerate(shape))
+    others = tuple(a for a in range(len(dims)) if a != axis)
+    if whole and numbers.offset_dims == others:
+      places = np.clip(at.array[:, 0], 0, shape[axis] - 1).astype(np.int64)
+      name = t.graph.constant(places)
+      return t.add('Gather', [x, name], dims, x.order, axis=x.order.index(axis))
+  if at.array.ndim != 1:
+    raise t.refusal("'gather' along more than one axis")
+  for axis, start in zip(axes, at.array.tolist()):
+    start = min(max(start, 0), shape[axis] - sizes[axis])
+    row = start, start + sizes[axis], x.order.index(axis)
+    names = [t.graph.constant(np.array([n], np.int64)) for n in row]
+    dims = [sizes[a] if a == axis else d for a, d in enumerate(x.dims)]
+    x = t.add('Slice', [x, *names], dims, x.order)
+  return _squeezed(t, x, gone) if gone else x
+
+
 def _split(t, eqn, values):
   """A slice for each part."""
   shape = eqn.invars[0].aval.shape
@@ -363,8 +396,9 @@ def _pad(t, eqn, values):
   x, fill = values
   config = eqn.params['padding_config']
   number = _scalar(fill)
-  if number is None or any(min(low, high, inner) < 0 or inner
-                           for low, high, inner in config):
+  if number is None or any(
+    min(low, high, inner) < 0 or inner for low, high, inner in config
+  ):
     raise t.refusal("'pad' with holes, with less than nothing or by a variable")
   x = t.full(x, eqn.invars[0].aval.shape, x.order)
   rows = [config[axis] for axis in x.order]
@@ -407,6 +441,7 @@ def _table() -> dict[str, Callable]:
     'transpose': _transpose,
     'concatenate': _concatenate,
     'slice': _slice,
+    'gather': _gather,
     'split': _split,
     'pad': _pad,
     'conv_general_dilated': products.convolution,
@@ -428,11 +463,11 @@ def _dense(name: str, rule):
   """Whatever else a kernel meets takes its floats."""
 
   def checked(t, eqn, values):
-    if name not in _KERNELS:
-      for value in values:
-        if isinstance(value, Kernel):
-          why = f'its kernel goes through {name!r}'
-          t.float_layers.setdefault(value.layer, why)
+    kernels = [v for v in values if isinstance(v, Kernel)]
+    if kernels and name not in _KERNELS:
+      for kernel in kernels:
+        why = f'its kernel goes through {name!r}'
+        t.float_layers.setdefault(kernel.layer, why)
       values = [
         Constant(v.array) if isinstance(v, Kernel) else v for v in values
       ]

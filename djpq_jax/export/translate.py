@@ -258,7 +258,9 @@ class Translator:
     name = self.graph.constant(np.array(sizes, np.int64))
     return self._moved('Reshape', tensor, [name], shape)
 
-  def _moved(self, op: str, tensor: Tensor, more, dims, order=None, **attributes):
+  def _moved(
+    self, op: str, tensor: Tensor, more, dims, order=None, **attributes
+  ):
     """A node that moves elements; those of a grid are moved as integers."""
     known = self.integers.get(tensor.name)
     if known is None:
