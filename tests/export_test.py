@@ -94,12 +94,19 @@ KINDS = {
 
 
 @functools.cache
-def build(name, bits=None):
-  """A hardened model with cut channels and gates that are not 1."""
+def net_of(name):
+  """A compressed model with gates that are not 1."""
   net = tiny.compressed(KINDS[name])
   rng = np.random.default_rng(3)
   for gate in net.gates:
     gate.mu.set_value(jnp.asarray(rng.uniform(0.5, 1.5, gate.size), 'float32'))
+  return net
+
+
+@functools.cache
+def build(name, bits=None):
+  """A hardened model with cut channels."""
+  net = net_of(name)
   plan = tiny.some_plan(net)
   if bits is not None:
     every = dict.fromkeys(plan.weight_bits, bits)

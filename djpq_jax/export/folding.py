@@ -375,7 +375,9 @@ def _whole_steps(bias, begins, most):
       room = (begins + bias[:, None])[todo] / width[:, None] - ends[todo]
       low = np.nanmax(room, axis=1, initial=-np.inf)
       high = np.nanmin(room, axis=1, initial=np.inf) + 1
-      middle = np.where(np.isfinite(low + high), (low + high) / 2, bias[todo])
+      met = np.isfinite(low)  # else no sum comes near a level's begin
+      middle = bias[todo]
+      middle[met] = (low[met] + high[met]) / 2
       tried = np.round(factor * middle)
       moved = room - (tried / factor)[:, None]
       # Not just inside: float32 has to see it too.

@@ -146,7 +146,7 @@ class Translator:
     arrays = [v.array for v in values]
     shapes = [v.aval.shape for v in eqn.invars]
     if eqn.primitive.name in ELEMENTWISE:
-      arrays = np.broadcast_arrays(*arrays)  # keeps axes of size 1 small
+      arrays = list(np.broadcast_arrays(*arrays))  # keeps axes of size 1 small
     else:
       for shape in [*shapes, *(v.aval.shape for v in eqn.outvars)]:
         if not all(isinstance(d, int) for d in shape):
