@@ -16,6 +16,7 @@ from djpq_jax import cli
 from djpq_jax import experiment
 from djpq_jax import train
 from djpq_jax.cli import bars
+from djpq_jax.export import stablehlo_file
 
 # The requirements of every report, by name.
 KEYS = 'float_accuracy accuracy relative_bops budget macs float_macs bops '
@@ -239,6 +240,54 @@ def test_report_refuses(finished, tmp_path, capsys):
   assert 'is truncated or is not a sweep' in said(run)
   assert 'is a folder' in said(finished.workdir, '--out', tmp_path)
   assert not list(tmp_path.rglob('*.html'))
+
+
+def exported(finished, path, *args):
+  artifact = str(finished.workdir / 'artifact')
+  args = ['--artifact', artifact, '--out', str(path), *args]
+  return cli.main(['export', *args])
+
+
+@pytest.mark.parametrize('format', ['onnx', 'stablehlo'])
+def test_export_checks_the_file(format, finished, tmp_path, capsys):
+  pytest.importorskip('onnxruntime', reason="pip install 'djpq-jax[onnx]'")
+  pytest.importorskip('flatbuffers', reason="pip install 'djpq-jax[stablehlo]'")
+  args = ['--format', format, '--strict']
+  assert exported(finished, tmp_path / 'model', *args, '--json') == 0
+  found = json.loads(capsys.readouterr().out)
+  assert found['bytes'] == (tmp_path / 'model').stat().st_size
+  assert found['deviation']['images'] == 50
+  assert found['deviation']['predictions'] == 0
+  assert found['steps'] <= 1
+  args = ['--format', format, '--images', '7', '--batch', '3']
+  assert exported(finished, tmp_path / 'model', *args) == 0
+  printed = capsys.readouterr().out
+  assert '7 of 7 images of tiny are equal' in printed
+
+
+def test_export_says_when_predictions_differ(
+  finished, tmp_path, capsys, monkeypatch
+):
+  pytest.importorskip('flatbuffers', reason="pip install 'djpq-jax[stablehlo]'")
+  call = stablehlo_file.Loaded.__call__
+  turned = lambda self, images: call(self, images)[:, ::-1]
+  monkeypatch.setattr(stablehlo_file.Loaded, '__call__', turned)
+  args = ['--format', 'stablehlo']
+  assert exported(finished, tmp_path / 'model', *args) == 2
+  said = capsys.readouterr().err
+  assert said.count('\n') == 1
+  assert 'was written, but' in said
+  assert 'predictions differ; --allow-deviation accepts it' in said
+  assert exported(finished, tmp_path / 'model', *args, '--allow-deviation') == 0
+
+
+@pytest.mark.parametrize('option', ['--batch', '--images'])
+def test_export_refuses(option, finished, tmp_path, capsys):
+  args = ['--artifact', str(finished.workdir / 'artifact'), option, '0']
+  out = str(tmp_path / 'model')
+  said = refused(capsys, 'export', *args, '--format', 'onnx', '--out', out)
+  assert f'{option} takes a number of images from 1 on, not 0' in said
+  assert not list(tmp_path.iterdir())
 
 
 def test_a_workdir_in_use_is_never_overwritten_silently(

@@ -34,4 +34,6 @@ def test_example(name):
 
 
 def test_all_examples_are_run():
-  assert {path.name for path in EXAMPLES.glob('*.py')} == RESULTS.keys()
+  elsewhere = {'serve_onnx.py'}  # in export_test
+  found = {path.name for path in EXAMPLES.glob('*.py')}
+  assert found == RESULTS.keys() | elsewhere

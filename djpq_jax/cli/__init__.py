@@ -9,6 +9,7 @@ from djpq_jax import train
 from djpq_jax.cli import data
 from djpq_jax.cli import diff
 from djpq_jax.cli import evaluate
+from djpq_jax.cli import export
 from djpq_jax.cli import inspection
 from djpq_jax.cli import report
 from djpq_jax.cli import sweep
@@ -48,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     '--debug', action='store_true', help='show tracebacks of errors'
   )
   commands = parser.add_subparsers(required=True, metavar='command')
-  modules = training, sweep, inspection, evaluate, diff, report, data
+  modules = training, sweep, inspection, evaluate, export, diff, report, data
   for module in modules:
     module.add_command(commands)
   return parser

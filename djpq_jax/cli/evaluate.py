@@ -5,11 +5,9 @@ import json
 import jax
 import jax.numpy as jnp
 
-from djpq_jax import checkpoint
-from djpq_jax import data
 from djpq_jax import evaluation
-from djpq_jax import experiment
 from djpq_jax import harden
+from djpq_jax.cli import artifacts
 
 
 def add_command(commands) -> None:
@@ -17,32 +15,14 @@ def add_command(commands) -> None:
   command = commands.add_parser(
     'evaluate', help='measure a hardened model from its files alone'
   )
-  command.add_argument('--artifact', required=True, help='its folder')
-  command.add_argument(
-    '--data', help='data set; by default the one it was measured on'
-  )
-  command.add_argument('--data-dir', help='where the data set was prepared')
+  artifacts.add_options(command)
   command.add_argument('--json', action='store_true', help='print JSON')
   command.set_defaults(run=_run)
 
 
 def _run(args) -> None:
-  manifest = checkpoint.read_manifest(args.artifact)
-  model = experiment.load_artifact(args.artifact)
-  measured_on = manifest.get('measured_on', {})
-  name = args.data or measured_on.get('data')
-  if not name:
-    raise ValueError(
-      f'{args.artifact} does not say what it was measured on; give --data'
-    )
-  kwargs = {} if args.data else measured_on.get('kwargs', {})
-  _, split = data.load(name, data_dir=args.data_dir, **kwargs)
+  _, model, split, name = artifacts.load(args)
   shape = split.images.shape[1:]
-  if list(shape) != manifest['input_shape']:
-    raise ValueError(
-      f'the artifact takes images of shape {tuple(manifest["input_shape"])}, '
-      f'but {name} has {shape}'
-    )
   accuracy = evaluation.evaluate(model, split)
   sample = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
   totals = harden.totals(model, harden.count(model, sample))

@@ -1,0 +1,35 @@
+"""An artifact and the images that it is measured on."""
+
+from djpq_jax import checkpoint
+from djpq_jax import data
+from djpq_jax import experiment
+
+
+def add_options(command) -> None:
+  """Adds what names an artifact and its data."""
+  command.add_argument('--artifact', required=True, help='its folder')
+  command.add_argument(
+    '--data', help='data set; by default the one it was measured on'
+  )
+  command.add_argument('--data-dir', help='where the data set was prepared')
+
+
+def load(args):
+  """The manifest, the model, and the test images that it is measured on."""
+  manifest = checkpoint.read_manifest(args.artifact)
+  model = experiment.load_artifact(args.artifact)
+  measured_on = manifest.get('measured_on', {})
+  name = args.data or measured_on.get('data')
+  if not name:
+    raise ValueError(
+      f'{args.artifact} does not say what it was measured on; give --data'
+    )
+  kwargs = {} if args.data else measured_on.get('kwargs', {})
+  _, split = data.load(name, data_dir=args.data_dir, **kwargs)
+  shape = split.images.shape[1:]
+  if list(shape) != manifest['input_shape']:
+    raise ValueError(
+      f'the artifact takes images of shape {tuple(manifest["input_shape"])}, '
+      f'but {name} has {shape}'
+    )
+  return manifest, model, split, name

@@ -1,0 +1,113 @@
+"""Writes a hardened model for others to run: as StableHLO, or as ONNX.
+
+Each file is read back and run on real images once it is written; what it
+computes is compared with the model, and the deviation is part of the result.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from djpq_jax import evaluation
+from djpq_jax import harden
+from djpq_jax.export import onnx_file
+from djpq_jax.export import stablehlo_file
+from djpq_jax.export import verify
+from djpq_jax.export.nodes import ExportError
+from djpq_jax.export.onnx_file import FORMS
+from djpq_jax.export.verify import Deviation
+
+__all__ = ['FORMATS', 'FORMS', 'Deviation', 'ExportError', 'Result', 'export']
+
+FORMATS = ('onnx', 'stablehlo')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+  """What was written, and what it computes.
+
+  Attributes:
+    path: of the file.
+    deviation: of the file as it is run from the model.
+    float_layers: quantized layers whose product the file has in float, with
+      the reason; their numbers are the same.
+    operators: how often ONNX Runtime runs which operator, once it has fused
+      what it can; empty for StableHLO.
+  """
+
+  path: pathlib.Path
+  deviation: verify.Deviation
+  float_layers: Mapping[str, str]
+  operators: Mapping[str, int]
+
+
+def export(
+  model: harden.HardenedModel,
+  path,
+  images: np.ndarray,
+  *,
+  format: str,
+  batch: int | None = None,
+  form: str = 'qdq',
+  facts: Mapping[str, Any] | None = None,
+) -> Result:
+  """Writes a hardened model, reads the file back and compares.
+
+  Args:
+    model: what to write.
+    path: where to; a file that is there is replaced.
+    images: to compare on, float32 [N, H, W, C], prepared as for the model.
+    format: 'onnx' or 'stablehlo'.
+    batch: examples of a call, or None for any number.
+    form: of ONNX: 'qdq' has pairs of QuantizeLinear and DequantizeLinear,
+      which runtimes fuse into integer layers; 'integer' has ConvInteger and
+      MatMulInteger, whose sums are exact.
+    facts: JSON-ready, written into the file or beside it.
+
+  Returns:
+    The result.  A file that deviates is not an error here: see
+    `Deviation.fault`.
+
+  Raises:
+    ValueError: the model has no such form, or an argument is wrong.
+    ImportError: a package is missing; the message says which.
+  """
+  path = pathlib.Path(path)
+  if format not in FORMATS:
+    raise ValueError(f'no format {format!r}; known: {", ".join(FORMATS)}')
+  if path.is_dir() or not path.absolute().parent.is_dir():
+    raise ValueError(f'{path} is no place for a file')
+  shape = images.shape[1:]
+  wanted = evaluation.predict(
+    model, [images[i : i + 256] for i in range(0, len(images), 256)]
+  )
+  step = verify.output_step(model)
+  stated = {
+    'input': f'images, float32 [{batch or "batch"}, '
+    f'{", ".join(map(str, shape))}]',
+    'output': f'logits, float32 [{batch or "batch"}, {wanted.shape[-1]}]',
+    **(facts or {}),
+  }
+  float_layers: dict[str, str] = {}
+  operators: dict[str, int] = {}
+  if format == 'onnx':
+    graph, float_layers = onnx_file.translated(model, shape, batch, form)
+    onnx_file.write(path, onnx_file.to_proto(graph, stated))
+    call: Any = onnx_file.Session(path)
+    operators = onnx_file.operators(path)
+  else:
+    stablehlo_file.write(
+      path, stablehlo_file.exported(model, shape, batch), stated
+    )
+    call = stablehlo_file.Loaded(path)
+  found = verify.run(call, images, batch)
+  deviation = verify.compare(wanted, found, step)
+  return Result(
+    path=path,
+    deviation=deviation,
+    float_layers=float_layers,
+    operators=operators,
+  )

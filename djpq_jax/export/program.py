@@ -1,0 +1,152 @@
+"""A hardened model as a jaxpr in which each grid is a single equation.
+
+Traced as it is, a quantizer is fifteen equations and an integer kernel a
+product of floats, and what was one number to a layer is lost.  Here the hooks
+of the layers bind a marker instead, so that a translator meets the input of a
+layer and its kernel as what they are.
+"""
+
+import dataclasses
+from typing import Any
+
+from flax import nnx
+import jax
+from jax.extend import core as jex_core
+from jax.interpreters import batching
+import jax.numpy as jnp
+import numpy as np
+
+from djpq_jax import compress
+from djpq_jax import harden
+from djpq_jax.ops import quantize
+
+BATCH = 'batch'  # the name of a batch dimension that is left open
+
+input_p = jex_core.Primitive('djpq_input')
+kernel_p = jex_core.Primitive('djpq_kernel')
+
+
+@input_p.def_abstract_eval
+def _input_abstract(x, *, layer):
+  del layer
+  return x
+
+
+@kernel_p.def_abstract_eval
+def _kernel_abstract(kernel, *, layer):
+  del layer
+  return kernel.update(dtype=jnp.dtype('float32'), weak_type=False)
+
+
+def _register_batching(primitive) -> None:
+  def batch(args, dims, *, layer):
+    return primitive.bind(*args, layer=layer), dims[0]
+
+  batching.primitive_batchers[primitive] = batch
+
+
+_register_batching(input_p)
+
+
+class _Marker(nnx.Module):
+  """Takes the place of a quantizer."""
+
+  def __init__(self, primitive, layer: str):
+    self.primitive = nnx.static(primitive)
+    self.layer = layer
+
+  def __call__(self, x):
+    return self.primitive.bind(x, layer=self.layer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+  """The grid of a layer's input: `step` times a whole number.
+
+  Attributes:
+    step: spacing, in units of the input.
+    levels: the largest whole number.
+    signed: whether it goes down to -levels; else to 0.
+  """
+
+  step: float
+  levels: int
+  signed: bool
+
+  @property
+  def bits(self) -> int:
+    """Bits of its largest level, and of a sign."""
+    return harden.bits_of(self.levels, signed=self.signed)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+  """A forward pass whose only invar is the batch of images.
+
+  Attributes:
+    jaxpr: closed; arrays of the model are its constants.
+    grids: of the input of each quantized layer.
+    steps: of the kernel of each quantized layer, float32, broadcasts to it.
+  """
+
+  jaxpr: Any
+  grids: dict[str, Grid]
+  steps: dict[str, np.ndarray]
+
+
+def trace(
+  model: harden.HardenedModel, input_shape, batch: int | None = None
+) -> Program:
+  """Traces a hardened model for prediction; nothing is computed.
+
+  Args:
+    model: from `harden.harden` or an artifact; it is left as it is.
+    input_shape: of one example, as (8, 8, 1).
+    batch: examples of a call, or None for any number.
+
+  Returns:
+    The program.
+
+  Raises:
+    ValueError: the model cannot be traced, or gives more than one array.
+  """
+  marked = nnx.clone(compress.eval_view(model))
+  grids, steps = {}, {}
+  for path, _, operands in compress.hooks(marked):
+    if isinstance(operands.weight, harden.Dequantizer):
+      grids[path] = _grid(operands.act, path)
+      steps[path] = np.asarray(operands.weight.step[...], np.float32)
+      operands.act = nnx.data(_Marker(input_p, path))
+      operands.weight = nnx.data(_Marker(kernel_p, path))
+  x = jax.ShapeDtypeStruct(shape(input_shape, batch), jnp.float32)
+  try:
+    jaxpr = jax.make_jaxpr(lambda x: marked(x))(x)
+  except Exception as error:
+    open_batch = ' with an open batch; a fixed one may do' * (batch is None)
+    first = (str(error).splitlines() or [''])[0]
+    raise ValueError(
+      f'the model cannot be traced{open_batch}: {type(error).__name__}: {first}'
+    ) from error
+  if len(jaxpr.out_avals) != 1:
+    raise ValueError(
+      f'the model has {len(jaxpr.out_avals)} outputs; one array is expected'
+    )
+  return Program(jaxpr, grids, steps)
+
+
+def shape(input_shape, batch: int | None):
+  """Shape of a batch of examples; its first dimension may be symbolic."""
+  if batch is None:
+    (first,) = jax.export.symbolic_shape(BATCH)
+    return (first, *input_shape)
+  if batch < 1:
+    raise ValueError(f'a batch has at least one example, not {batch}')
+  return (batch, *input_shape)
+
+
+def _grid(act: harden.FixedQuantizer, path: str) -> Grid:
+  step, clip = act.step[...], act.clip[...]
+  if jnp.size(step) != 1 or jnp.size(clip) != 1:
+    raise ValueError(f'the input of layer {path} has more than one grid')
+  levels = quantize.quantize_to_int(clip, step, clip, signed=act.signed)
+  return Grid(float(step.item()), int(levels.item()), act.signed)

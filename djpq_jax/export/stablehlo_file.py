@@ -1,0 +1,96 @@
+"""StableHLO files of `jax.export`: one program for CPU, GPU and TPU."""
+
+import importlib
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from djpq_jax import compress
+from djpq_jax import harden
+from djpq_jax.export import program
+
+EXTRA = 'djpq-jax[stablehlo]'
+PLATFORMS = ('cpu', 'cuda', 'tpu')
+
+
+def exported(
+  model: harden.HardenedModel, input_shape, batch: int | None = None
+) -> jax.export.Exported:
+  """A hardened model as StableHLO, with its integers as constants.
+
+  Args:
+    model: what to export.
+    input_shape: of one example, as (8, 8, 1).
+    batch: examples of a call, or None for any number.
+
+  Raises:
+    ValueError: the model cannot be traced with a batch that is open.
+  """
+  view = compress.eval_view(model)
+
+  @jax.jit
+  def predict(images):
+    return view(images).astype(jnp.float32)
+
+  shape = program.shape(input_shape, batch)
+  try:
+    return jax.export.export(predict, platforms=PLATFORMS)(
+      jax.ShapeDtypeStruct(shape, jnp.float32)
+    )
+  except Exception as error:
+    if batch is not None:
+      raise
+    first = (str(error).splitlines() or [''])[0]
+    raise ValueError(
+      'the model cannot be traced with an open batch, a fixed one may do: '
+      f'{type(error).__name__}: {first}'
+    ) from error
+
+
+def manifest_path(path) -> pathlib.Path:
+  """Where the facts about a file are: beside it."""
+  path = pathlib.Path(path)
+  return path.with_name(path.name + '.json')
+
+
+def write(path, program: jax.export.Exported, facts: dict[str, Any]) -> None:
+  """Writes the program, and its facts beside it as JSON."""
+  _require_flatbuffers()
+  path = pathlib.Path(path)
+  for target, content in (
+    (path, bytes(program.serialize())),
+    (manifest_path(path), (json.dumps(facts, indent=1) + '\n').encode()),
+  ):
+    partial = target.with_name(target.name + '.partial')
+    partial.write_bytes(content)
+    os.replace(partial, target)
+
+
+class Loaded:
+  """A file as JAX runs it, on whatever device it has."""
+
+  def __init__(self, path):
+    _require_flatbuffers()
+    content = bytearray(pathlib.Path(path).read_bytes())
+    self.program = jax.export.deserialize(content)
+    self._call = jax.jit(self.program.call)
+
+  def __call__(self, images: np.ndarray) -> np.ndarray:
+    """Images [B, H, W, C] -> logits [B, classes], float32."""
+    return np.asarray(self._call(jnp.asarray(images, jnp.float32)))
+
+
+def _require_flatbuffers() -> None:
+  try:
+    importlib.import_module('flatbuffers')
+  except ImportError as error:
+    raise ImportError(
+      "StableHLO files need the package 'flatbuffers': "
+      f"pip install '{EXTRA}' ({error})"
+    ) from error

@@ -1,0 +1,341 @@
+"""A written file computes what the model does, in integers where it can."""
+
+import functools
+import json
+import pathlib
+import subprocess
+import sys
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from djpq_jax import compress
+from djpq_jax import export
+from djpq_jax import harden
+from djpq_jax.export import folding
+from djpq_jax.export import onnx_file
+from djpq_jax.export import stablehlo_file
+from djpq_jax.export import verify
+
+pytest.importorskip('onnx', reason="needs pip install 'djpq-jax[onnx]'")
+pytest.importorskip('onnxruntime', reason="needs pip install 'djpq-jax[onnx]'")
+pytest.importorskip('flatbuffers', reason='djpq-jax[stablehlo]')
+
+# They run flax's batch norm.
+pytestmark = pytest.mark.standard_promotion
+
+ROOT = pathlib.Path(__file__).parent.parent
+IMAGES = tiny.split(70, seed=5).images
+
+
+class Relu6(nnx.Module):
+  """What MobileNets are made of: relu6, and a sum without relu."""
+
+  def __init__(self, rngs):
+    self.conv = nnx.Conv(1, 8, (3, 3), use_bias=False, rngs=rngs)
+    self.bn = nnx.BatchNorm(8, rngs=rngs)
+    self.depthwise = nnx.Conv(8, 8, (3, 3), feature_group_count=8, rngs=rngs)
+    self.pointwise = nnx.Conv(8, 8, (1, 1), rngs=rngs)
+    self.head = nnx.Linear(8, tiny.CLASSES, rngs=rngs)
+
+  def __call__(self, x):
+    x = nnx.relu6(self.bn(self.conv(x)))
+    y = x + self.pointwise(nnx.relu6(self.depthwise(x)))
+    return self.head(y.mean((1, 2)))
+
+
+class Squeeze(nnx.Module):
+  """Squeeze and excitation, swish, average and max pooling, stride, pads."""
+
+  def __init__(self, rngs):
+    self.conv = nnx.Conv(1, 8, (3, 3), strides=2, padding=1, rngs=rngs)
+    self.down = nnx.Conv(8, 4, (1, 1), rngs=rngs)
+    self.up = nnx.Conv(4, 8, (1, 1), rngs=rngs)
+    self.head = nnx.Linear(9, tiny.CLASSES, rngs=rngs)
+
+  def __call__(self, x):
+    y = nnx.swish(self.conv(x))
+    gate = nnx.relu(self.down(y.mean((1, 2), keepdims=True)))
+    y = y * nnx.sigmoid(self.up(gate))
+    y = jnp.concatenate([y, nnx.max_pool(x, (2, 2), (2, 2))], axis=-1)
+    y = jnp.pad(y, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, ::2]
+    return self.head(nnx.avg_pool(y, (2, 2), (2, 2))[:, 0, 0])
+
+
+class Attention(nnx.Module):
+  """Tokens, layer norm, softmax, gelu."""
+
+  def __init__(self, rngs):
+    self.embed = nnx.Linear(4, 6, rngs=rngs)
+    self.norm = nnx.LayerNorm(6, rngs=rngs)
+    self.mix = nnx.Linear(6, 6, rngs=rngs)
+    self.head = nnx.Linear(6, tiny.CLASSES, rngs=rngs)
+
+  def __call__(self, x):
+    x = self.norm(self.embed(x[..., 0]))
+    scores = nnx.softmax(jnp.einsum('btc,bsc->bts', x, x))
+    x = x + jnp.einsum('bts,bsc->btc', scores, x)
+    x = nnx.gelu(self.mix(x), approximate=False)
+    return self.head(x[:, 0])
+
+
+KINDS = {
+  'flatten': tiny.Normed,
+  'depthwise': tiny.Depthwise,
+  'residual': tiny.Residual,
+  'relu6': Relu6,
+  'squeeze': Squeeze,
+  'attention': Attention,
+}
+
+
+@functools.cache
+def net_of(name):
+  """A compressed model with gates that are not 1."""
+  net = tiny.compressed(KINDS[name])
+  rng = np.random.default_rng(3)
+  for gate in net.gates:
+    gate.mu.set_value(jnp.asarray(rng.uniform(0.5, 1.5, gate.size), 'float32'))
+  return net
+
+
+@functools.cache
+def build(name, bits=None):
+  """A hardened model with cut channels."""
+  net = net_of(name)
+  plan = tiny.some_plan(net)
+  if bits is not None:
+    every = dict.fromkeys(plan.weight_bits, bits)
+    plan = compress.Plan(open=plan.open, weight_bits=every, act_bits=every)
+  return harden.harden(compress.freeze(net, plan, tiny.batch(64)['image']))
+
+
+def written(model, folder, **kwargs):
+  kwargs = {'format': 'onnx', **kwargs}
+  return export.export(model, folder / 'model', IMAGES, **kwargs)
+
+
+@pytest.mark.parametrize('form', export.FORMS)
+@pytest.mark.parametrize('name', KINDS)
+def test_onnx_computes_what_the_model_does(name, form, tmp_path):
+  found = written(build(name), tmp_path, form=form)
+  assert found.deviation.fault(strict=True) == ''
+  assert found.deviation.images == len(IMAGES)
+  assert found.float_layers == {}
+
+
+@pytest.mark.parametrize('bits', [2, 4])
+def test_few_bits_are_exact_in_integers(bits, tmp_path):
+  found = written(build('flatten', bits), tmp_path)
+  assert found.deviation.fault(strict=True) == ''
+  assert found.operators['QLinearConv'] == 1
+
+
+def test_eight_bits_run_as_integers(tmp_path):
+  found = written(build('flatten', 8), tmp_path)
+  assert found.deviation.fault() == ''
+  assert found.operators['QLinearConv'] == 1
+  assert found.operators['QGemm'] == 1
+  assert not {'Conv', 'FusedConv', 'MatMul', 'Gemm'} & set(found.operators)
+
+
+def test_integer_form_has_integer_sums(tmp_path):
+  found = written(build('residual', 8), tmp_path, form='integer')
+  assert found.deviation.fault(strict=True) == ''
+  assert found.operators['ConvInteger'] == 3
+  assert found.operators['MatMulInteger'] == 1
+
+
+def test_a_transposition_at_the_ends_alone():
+  graph, _ = onnx_file.translated(build('residual'), tiny.SHAPE)
+  assert [n.op for n in graph.nodes].count('Transpose') == 1
+
+
+@pytest.mark.parametrize('format', export.FORMATS)
+@pytest.mark.parametrize('batch', [1, 5])
+def test_fixed_batches(format, batch, tmp_path):
+  found = written(build('flatten'), tmp_path, format=format, batch=batch)
+  assert found.deviation.fault(strict=True) == ''
+
+
+@pytest.mark.parametrize('name', ['flatten', 'residual'])
+def test_stablehlo_computes_what_the_model_does(name, tmp_path):
+  facts = {'artifact': 'abc'}
+  found = written(build(name), tmp_path, format='stablehlo', facts=facts)
+  assert found.deviation.fault(strict=True) == ''
+  loaded = stablehlo_file.Loaded(found.path)
+  assert loaded.program.platforms == stablehlo_file.PLATFORMS
+  assert '8x' not in str(loaded.program.in_avals[0].shape[0])
+  stated = json.loads(stablehlo_file.manifest_path(found.path).read_text())
+  assert stated == {
+    'input': 'images, float32 [batch, 4, 4, 1]',
+    'output': f'logits, float32 [batch, {tiny.CLASSES}]',
+    'artifact': 'abc',
+  }
+
+
+def test_wide_layers_stay_float_and_say_so(tmp_path):
+  net = tiny.compressed(tiny.Mlp)
+  plan = compress.Plan(
+    open={},
+    weight_bits={'hidden': 12, 'head': 8},
+    act_bits={'hidden': 8, 'head': 11},
+  )
+  frozen = compress.freeze(net, plan, tiny.batch(64)['image'])
+  found = written(harden.harden(frozen), tmp_path)
+  assert found.deviation.fault() == ''
+  assert found.float_layers == {
+    'hidden': 'its kernel has more than 8 bits',
+    'head': 'its inputs have 11 bits',
+  }
+
+
+def test_layers_that_are_float(tmp_path):
+  rules = [compress.Rule(pattern='*', quantize=False)]
+  net = tiny.compressed(tiny.Normed, rules)
+  plan = compress.Plan(open={}, weight_bits={}, act_bits={})
+  frozen = compress.freeze(net, plan, tiny.batch(64)['image'])
+  found = written(harden.harden(frozen), tmp_path)
+  assert found.deviation.step is None
+  assert found.deviation.fault(strict=True) == ''
+
+
+class Sorted(tiny.Mlp):
+  def __call__(self, x):
+    x = nnx.relu(self.hidden(x.reshape(x.shape[0], -1)))
+    return self.head(jnp.sort(x, axis=-1))
+
+
+def test_what_has_no_form_is_refused_by_name(tmp_path):
+  net = tiny.compressed(Sorted)
+  frozen = compress.freeze(net, tiny.some_plan(net), tiny.batch(64)['image'])
+  model = harden.harden(frozen)
+  match = "after layer hidden: the primitive 'sort' is not among the known"
+  with pytest.raises(export.ExportError, match=match):
+    written(model, tmp_path)
+  assert list(tmp_path.iterdir()) == []
+  found = written(model, tmp_path, format='stablehlo')
+  assert found.deviation.fault(strict=True) == ''
+
+
+@pytest.mark.parametrize(
+  ('kwargs', 'match'),
+  [
+    (dict(format='tflite'), "no format 'tflite'; known: onnx, stablehlo"),
+    (dict(form='int4'), "no form 'int4'; known: qdq, integer"),
+    (dict(batch=0), 'at least one example, not 0'),
+  ],
+)
+def test_arguments(kwargs, match, tmp_path):
+  with pytest.raises(ValueError, match=match):
+    written(build('flatten'), tmp_path, **kwargs)
+
+
+def test_a_folder_is_no_place(tmp_path):
+  with pytest.raises(ValueError, match='is no place for a file'):
+    export.export(build('flatten'), tmp_path, IMAGES, format='onnx')
+
+
+@pytest.mark.parametrize(
+  ('format', 'package'),
+  [('onnx', 'onnx'), ('onnx', 'onnxruntime'), ('stablehlo', 'flatbuffers')],
+)
+def test_missing_packages(format, package, tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, package, None)
+  match = rf"need the package '{package}': pip install 'djpq-jax\[{format}\]'"
+  with pytest.raises(ImportError, match=match):
+    written(build('flatten'), tmp_path, format=format)
+
+
+def test_the_example_serves_the_file(tmp_path):
+  found = written(build('flatten'), tmp_path)
+  np.save(tmp_path / 'images.npy', IMAGES)
+  command = [sys.executable, 'examples/serve_onnx.py', str(found.path)]
+  done = subprocess.run(
+    [*command, str(tmp_path / 'images.npy')],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  session = onnx_file.Session(found.path)
+  wanted = session(IMAGES).argmax(-1)
+  assert done.stdout.split() == [str(label) for label in wanted]
+
+
+@pytest.mark.parametrize(('levels', 'most'), [(3, 127), (15, 18)])
+def test_a_whole_bias_keeps_each_sum_at_its_level(levels, most):
+  """Each reachable sum is rounded in both ways, in float64."""
+  rng = np.random.default_rng(0)
+  channels, step, reach = 40, 0.3, 60
+  unit = rng.uniform(0.01, 0.1, channels)
+  bias = rng.normal(0, 0.5, channels)
+  begins = folding._level_begins(
+    bias, unit, np.full(channels, reach), step, 0, levels
+  )
+  finer, wider, whole = folding._whole_steps(
+    bias / unit, begins, np.full(channels, most)
+  )
+  assert np.all(whole == np.round(whole))
+  sums = np.arange(-reach, reach + 1)
+  exact = sums * unit[:, None] + bias[:, None]
+  finer_unit = (unit * wider / finer)[:, None]
+  moved = finer_unit * (sums * finer[:, None] + whole[:, None])
+  wanted, found = (
+    np.clip(np.round(y / step), 0, levels) for y in (exact, moved)
+  )
+  np.testing.assert_array_equal(found, wanted)
+
+
+def test_deviations_are_told():
+  logits = np.array([[0.0, 1.0], [3.0, 2.0]], np.float32)
+  same = verify.compare(logits, logits, np.float32(0.1))
+  assert (same.predictions, same.largest, same.beyond_step) == (0, 0.0, 0)
+  assert same.fault(strict=True) == ''
+  near = verify.compare(logits, logits + 0.11, np.array([0.1, 0.2]))
+  assert near.fault() == ''
+  assert near.beyond_step == 2
+  assert near.step == 0.2
+  assert '2 of 2 images have logits' in near.fault(strict=True)
+  other = verify.compare(logits, logits[:, ::-1], None)
+  assert other.fault() == '2 of 2 predictions differ'
+  assert other.steps is None
+  far = verify.compare(logits, 2 * logits, np.float32(0.1))
+  assert far.fault() == 'logits differ by up to 3, of a range of 3'
+  broken = verify.compare(logits, np.full_like(logits, np.nan), None)
+  assert broken.fault()
+  with pytest.raises(
+    ValueError, match=r'of shape \(2, 1\), the model \(2, 2\)'
+  ):
+    verify.compare(logits, logits[:, :1], None)
+
+
+def test_a_call_may_have_any_number_of_images():
+  sizes = []
+
+  def call(images):
+    sizes.append(len(images))
+    return images[:, 0, 0]
+
+  images = np.arange(7.0).reshape(7, 1, 1, 1)
+  np.testing.assert_array_equal(verify.run(call, images, None), images[:, 0, 0])
+  assert sizes == [1, 6]
+  np.testing.assert_array_equal(verify.run(call, images, 3), images[:, 0, 0])
+  assert sizes[2:] == [3, 3, 3]
+
+
+def test_integers_of_the_model_are_those_of_the_file():
+  """The bits of a kernel are in the file, not floats of it."""
+  model = build('flatten', 2)
+  graph, _ = onnx_file.translated(model, tiny.SHAPE, form='integer')
+  kernel = np.asarray(model.model.conv.kernel[...])
+  (stored,) = (v for k, v in graph.constants.items() if 'conv/kernel' in k)
+  assert stored.dtype == np.int8
+  np.testing.assert_array_equal(stored, kernel.transpose(3, 2, 0, 1))
+  sizes = [v.size for v in graph.constants.values() if v.dtype == np.float32]
+  assert max(sizes) <= 10
+  assert jax.tree.leaves(graph.dims)  # the shape of each tensor is known
