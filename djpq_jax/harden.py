@@ -50,16 +50,19 @@ class FixedQuantizer(nnx.Module):
       x, self.step[...], self.clip[...], signed=self.signed
     )
 
+  def integers(self, x):
+    """The levels n, int32 of x's shape, for which `self(x)` is step * n."""
+    return quantize.quantize_to_int(
+      x, self.step[...], self.clip[...], signed=self.signed
+    )
+
+  def top(self) -> int:
+    """The largest level."""
+    return int(jnp.max(self.integers(self.clip[...])))
+
   def bits(self) -> int:
     """Bits that its largest level takes."""
-    top = int(
-      jnp.max(
-        quantize.quantize_to_int(
-          self.clip[...], self.step[...], self.clip[...], signed=self.signed
-        )
-      )
-    )
-    return bits_of(top, signed=self.signed)
+    return bits_of(self.top(), signed=self.signed)
 
 
 class Scales(nnx.Module):
