@@ -23,6 +23,7 @@ from djpq_jax import data_cli
 from djpq_jax import evaluation
 from djpq_jax import experiment
 from djpq_jax import harden
+from djpq_jax import integer
 from djpq_jax import interruption
 from djpq_jax import parallel
 from djpq_jax import report as report_lib
@@ -112,6 +113,12 @@ def _parser() -> argparse.ArgumentParser:
     '--data', help='data set; by default the one it was measured on'
   )
   command.add_argument('--data-dir', help='where the data set was prepared')
+  command.add_argument(
+    '--execution',
+    choices=integer.EXECUTIONS,
+    default='simulated',
+    help='what multiplies the integers; the predictions are the same',
+  )
   command.add_argument('--json', action='store_true', help='print JSON')
   command.set_defaults(run=_evaluate)
 
@@ -372,10 +379,17 @@ def _evaluate(args) -> None:
       f'the artifact takes images of shape {tuple(manifest["input_shape"])}, '
       f'but {name} has {shape}'
     )
-  accuracy = evaluation.evaluate(model, split)
+  executed = integer.lower(model, args.execution)
+  accuracy = evaluation.evaluate(executed, split)
   sample = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
   totals = harden.totals(model, harden.count(model, sample))
-  result = {'accuracy': accuracy, 'images': len(split), **totals}
+  result = {
+    'accuracy': accuracy,
+    'images': len(split),
+    **totals,
+    'execution': args.execution,
+    'float_layers': integer.left_float(executed),
+  }
   if args.json:
     print(json.dumps(result, indent=1))
     return
@@ -384,6 +398,8 @@ def _evaluate(args) -> None:
   print(f'relative BOPs  {totals["relative_bops"]:.4%} ({ratio:.0f}x fewer)')
   print(f'BOPs           {totals["bops"]:,} of {totals["float_bops"]:,}')
   print(f'MACs           {totals["macs"]:,} of {totals["float_macs"]:,}')
+  for path, reason in result['float_layers'].items():
+    print(f'stays float    {path}: {reason}')
 
 
 if __name__ == '__main__':

@@ -2,9 +2,9 @@
 
 A hardened model is called like the original.  Channels are gone, each kernel
 is an integer array with a step, each input has a fixed grid; gates that are
-left are per-channel scales, and batch norm keeps its own.  It runs its
-integers carried in float32, which is exact as long as products and sums stay
-below 2**24.
+left are per-channel scales, and batch norm keeps its own.  Called as it is,
+it multiplies the steps in first and computes in float32; `integer.lower` makes
+it run on the integers themselves, with exact sums.
 """
 
 import dataclasses

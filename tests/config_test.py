@@ -113,7 +113,9 @@ def test_a_variant_of_a_file_and_an_override(write):
 
 def test_an_unknown_variant_is_named(write):
   path = write('')
-  message = "unknown variant 'tow_stage'; there are djpq, .*; did you mean two_stage"
+  message = (
+    "unknown variant 'tow_stage'; there are djpq, .*; did you mean two_stage"
+  )
   with pytest.raises(config_lib.ConfigError, match=message):
     config_lib.load(f'{path}:tow_stage')
   with pytest.raises(config_lib.ConfigError, match='neither a file nor a pack'):

@@ -13,11 +13,14 @@ from typing import Any
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from djpq_jax.integer import planning
 
 # XLA hands int8 convolutions to its library only from more channels on.
 LEAST_OUTPUTS = 17
+
+LARGEST = np.finfo(np.float32).max
 
 _taps: contextvars.ContextVar[dict | None]
 _taps = contextvars.ContextVar('djpq_accumulators', default=None)
@@ -182,8 +185,11 @@ def _scaled(plan: planning.Plan, x, weights: Weights, product: Callable, axes):
   taps = _taps.get()
   if taps is not None:
     taps.setdefault(plan.name, []).append(total.astype(jnp.int32))
-  scale = _to_rank(weights.scale, total.ndim)
-  return (total.astype(jnp.float32) * scale).astype(weights.dtype)
+  y = total.astype(jnp.float32) * _to_rank(weights.scale, total.ndim)
+  # Never in force, but in the way of a fused multiply-add: whether a compiler
+  # makes one of this product and the bias depends on what is around them, and
+  # the last bit of the sum with it.
+  return jnp.minimum(y, LARGEST).astype(weights.dtype)
 
 
 def _to_rank(x, ndim: int):
