@@ -216,13 +216,8 @@ def _accumulated(plan: planning.Plan, x, w, product: Callable, axes):
   if len(terms) == 1:
     return terms[0][0]
   # Sums of terms may wrap around: the whole one fits, and int32 is modular.
-  wrapped = [t.astype(jnp.int32) * jnp.int32(_modular(n)) for t, n in terms]
+  wrapped = [t.astype(jnp.int32) * jnp.int32(n) for t, n in terms]
   return sum(wrapped[1:], wrapped[0])
-
-
-def _modular(n: int) -> int:
-  """A power of two as int32; beyond it only multiples of 2**32 are lost."""
-  return (n + 2**31) % 2**32 - 2**31
 
 
 def _slice(x, start: int, stop: int, axis: int, plan: planning.Plan):
