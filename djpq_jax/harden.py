@@ -2,9 +2,9 @@
 
 A hardened model is called like the original.  Channels are gone, each kernel
 is an integer array with a step, each input has a fixed grid; gates that are
-left are per-channel scales, and batch norm keeps its own.  It runs its
-integers carried in float32, which is exact as long as products and sums stay
-below 2**24.
+left are per-channel scales, and batch norm keeps its own.  Called as it is,
+it multiplies the steps in first and computes in float32; `integer.lower` makes
+it run on the integers themselves, with exact sums.
 """
 
 import dataclasses
@@ -50,16 +50,19 @@ class FixedQuantizer(nnx.Module):
       x, self.step[...], self.clip[...], signed=self.signed
     )
 
+  def integers(self, x):
+    """The levels n, int32 of x's shape, for which `self(x)` is step * n."""
+    return quantize.quantize_to_int(
+      x, self.step[...], self.clip[...], signed=self.signed
+    )
+
+  def top(self) -> int:
+    """The largest level."""
+    return int(jnp.max(self.integers(self.clip[...])))
+
   def bits(self) -> int:
     """Bits that its largest level takes."""
-    top = int(
-      jnp.max(
-        quantize.quantize_to_int(
-          self.clip[...], self.step[...], self.clip[...], signed=self.signed
-        )
-      )
-    )
-    return bits_of(top, signed=self.signed)
+    return bits_of(self.top(), signed=self.signed)
 
 
 class Scales(nnx.Module):

@@ -354,15 +354,20 @@ class Operands(nnx.Module):
   def __call__(self, operands, **kwargs):
     """Returns the gated, quantized and promoted (inputs, kernel, bias)."""
     inputs, kernel, bias = operands
-    inputs = self._gated(inputs)
-    taps = _taps.get()
-    if taps is not None:
-      taps.setdefault(self.name, []).append(inputs)
+    inputs = self.entering(inputs)
     if self.act is not None:
       inputs = self.act(inputs)
     if self.weight is not None:
       kernel = self.weight(kernel)
     return self.promote((inputs, kernel, bias), **kwargs)
+
+  def entering(self, inputs):
+    """What is quantized next: the inputs, gated; a `tap` sees it."""
+    inputs = self._gated(inputs)
+    taps = _taps.get()
+    if taps is not None:
+      taps.setdefault(self.name, []).append(inputs)
+    return inputs
 
   def _gated(self, inputs):
     if self.gate is None:

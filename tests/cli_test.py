@@ -168,6 +168,19 @@ def test_evaluate_reproduces_the_report(finished, tmp_path, capsys):
   assert f'{report["bops"]:,} of {report["float_bops"]:,}' in printed
 
 
+def test_all_executions_predict_alike(finished, capsys):
+  measured = []
+  for execution in ('simulated', 'float', 'int8'):
+    artifact = str(finished.workdir / 'artifact')
+    args = ['evaluate', '--artifact', artifact, '--execution', execution]
+    assert cli.main([*args, '--json']) == 0
+    measured.append(json.loads(capsys.readouterr().out))
+    assert measured[-1].pop('execution') == execution
+  assert measured[0] == measured[1] == measured[2]
+  assert measured[0]['accuracy'] == finished.report['accuracy']
+  assert measured[0]['float_layers'] == {}
+
+
 def test_evaluate_refuses(finished, tmp_path, capsys):
   artifact = str(finished.workdir / 'artifact')
   evaluate = ['evaluate', '--artifact']

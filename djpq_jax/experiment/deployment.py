@@ -12,6 +12,7 @@ from djpq_jax import checkpoint
 from djpq_jax import compress
 from djpq_jax import evaluation
 from djpq_jax import harden
+from djpq_jax import integer
 from djpq_jax import models
 from djpq_jax import parallel
 from djpq_jax.experiment import setting
@@ -20,7 +21,7 @@ from djpq_jax.experiment import setting
 def deploy(run: setting.Run, hardened, workdir, float_accuracy, start):
   """Saves, reloads and measures; the report speaks of the reloaded model."""
   folder = workdir / 'artifact'
-  before = evaluation.predictions(hardened, run.test_split)
+  before = _predictions(hardened, run)
   shape = run.test_split.images.shape[1:]
   sample = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
   rows = harden.count(hardened, sample)
@@ -48,7 +49,7 @@ def deploy(run: setting.Run, hardened, workdir, float_accuracy, start):
     )
   parallel.wait('artifact')
   reloaded = load_artifact(folder)
-  logits = evaluation.predictions(reloaded, run.test_split)
+  logits = _predictions(reloaded, run)
   if not np.array_equal(logits, before):
     raise RuntimeError(
       'the reloaded artifact does not predict what was saved; this is a bug'
@@ -69,6 +70,12 @@ def deploy(run: setting.Run, hardened, workdir, float_accuracy, start):
     'groups': groups(reloaded),
     'history': run.history,
   }
+
+
+def _predictions(hardened, run: setting.Run) -> np.ndarray:
+  """What the integers predict; `djpq evaluate` gets the same, bit for bit."""
+  simulated = integer.lower(hardened, 'simulated')
+  return evaluation.predictions(simulated, run.test_split)
 
 
 def load_artifact(folder):
