@@ -20,6 +20,7 @@ INT_LIMIT = 2**31
 DIGIT_BITS = 7
 BYTE = 2**8  # wider integers are not exact in bfloat16
 MOST_TAPS = 49  # a depthwise kernel of 7x7
+FEW = 4  # input channels, as of an image
 
 
 class NotExact(ValueError):
@@ -199,4 +200,4 @@ def _method(execution: str, kernel: np.ndarray, site: Site) -> str:
   if taps == 1:
     return 'point'
   # So few channels leave a library's integer convolution idle.
-  return 'columns' if inputs <= 8 and inputs * taps <= BYTE else 'xla'
+  return 'columns' if inputs <= FEW and inputs * taps <= BYTE else 'xla'
