@@ -32,7 +32,7 @@ demo: .venv/.demo-installed
 	  --overwrite
 
 test: lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=12
 	@if [ -n '$(TREE_MODE_TESTS)' ]; then \
 	  echo 'Again, with the trees of flax.nnx instead of its graphs:'; \
 	  NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false \

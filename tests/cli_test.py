@@ -193,11 +193,16 @@ def test_evaluate_refuses(finished, tmp_path, capsys):
   broken = shutil.copytree(artifact, tmp_path / 'broken')
   path = broken / 'manifest.json'
   manifest = json.loads(path.read_text())
-  path.write_text(json.dumps(manifest | {'measured_on': {}}))
+
+  def sign(changed):
+    changed['sha256'] = checkpoint._hash(changed, broken / 'arrays')
+    path.write_text(json.dumps(changed))
+
+  sign(manifest | {'measured_on': {}})
   said = refused(capsys, *evaluate, str(broken))
   assert 'does not say what it was measured on; give --data' in said
   manifest['model']['name'] = 'tinny'
-  path.write_text(json.dumps(manifest))
+  sign(manifest)
   assert "no model 'tinny'" in refused(capsys, *evaluate, str(broken))
   path.write_text(path.read_text()[:-30])
   assert 'is damaged' in refused(capsys, *evaluate, str(broken))
@@ -515,7 +520,7 @@ def test_debug_shows_the_traceback(tmp_path):
     cli.main(['--debug', 'inspect', '--config', str(tmp_path / 'none.py')])
 
 
-@pytest.mark.parametrize('args', [[], ['trian'], ['train'], ['inspect']])
+@pytest.mark.parametrize('args', [[], ['trian'], ['train'], ['evaluate']])
 def test_usage(args, capsys):
   with pytest.raises(SystemExit) as info:
     cli.main(args)
