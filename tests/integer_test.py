@@ -108,6 +108,7 @@ LAYERS = {
     (2, 7, 6, 3),
   ),
   'same_strided': (lambda: conv(20, 4, strides=(2, 1)), (2, 5, 6, 20)),
+  'large_window': (lambda: conv(3, 4, (5, 5), strides=2), (2, 7, 7, 3)),
   'padded_dilated': (
     lambda: conv(18, 6, padding=((1, 2), (0, 3)), kernel_dilation=2),
     (2, 6, 6, 18),

@@ -20,6 +20,7 @@ INT_LIMIT = 2**31
 DIGIT_BITS = 7
 BYTE = 2**8  # wider integers are not exact in bfloat16
 MOST_TAPS = 49  # a depthwise kernel of 7x7
+LARGE_WINDOW = 9
 FEW = 4  # input channels, as of an image
 
 
@@ -108,11 +109,15 @@ def plan(
   if largest >= INT_LIMIT:
     raise NotExact(f'its sums may reach {largest:.3g}, and int32 ends at 2**31')
   method = _method(execution, kernel, site)
+  large = math.prod(site.window) > LARGE_WINDOW
   whole = ((0, kernel.shape[site.contracted - 1]),)
   if execution == 'int8' and method == 'taps':
     # Elementwise sums: int16 is half the memory where it holds them.
     carrier = 'int16' if max(largest, top, widest) < 2**15 else 'int32'
     digits, shift, parts = (1, 1), 0, whole
+  elif method == 'columns' and large and largest < FLOAT_LIMIT:
+    # A stem of 7x7: side by side its pixels are a copy 49 times as large.
+    method, carrier, digits, shift, parts = 'xla', 'float32', (1, 1), 0, whole
   elif execution == 'int8':
     carrier, parts = 'int8', whole
     shift = 128 if not signed and 2**7 <= top < BYTE else 0
