@@ -1,9 +1,9 @@
-"""Writes the tables of README.md from benchmarks/results, never by hand.
+"""Writes the tables of the documents from benchmarks/results, never by hand.
 
     python benchmarks/tables.py [--check] [--demo runs/digits]
 
 A block between `<!-- table NAME -->` and `<!-- end -->` is replaced by what its
-result file says; `--check` only tells whether the README is up to date, and
+result file says; `--check` only tells whether they are up to date, and
 `--demo` first records a finished demo, its picture too.
 """
 
@@ -64,9 +64,32 @@ def comparison(name: str) -> str:
   )
 
 
+def inference() -> str:
+  """Milliseconds of each execution, and how many times float32 takes."""
+  found = json.loads((RESULTS / 'inference.json').read_text())
+  made = found['environment']
+  lines: list[str] = []
+  for run in found['runs']:
+    rows = run['rows']
+    if not lines:
+      lines.append('| model | channels | batch | ' + ' | '.join(rows) + ' |')
+      lines.append('| --- ' * (3 + len(rows)) + '|')
+    cells = [
+      f'{row["median_ms"]:.1f} ms, {row["median_ms_float32_over_this"]:.2f}x'
+      for row in rows.values()
+    ]
+    head = run['model'], f'{run["keep"]:.0%}', str(run['batch'])
+    lines.append('| ' + ' | '.join([*head, *cells]) + ' |')
+  return (
+    '\n'.join(lines) + f'\n\n`{made["command"]}`, commit {found["commit"]}, '
+    f'{made["machine"]}, jax {made["versions"]["jax"]}.\n'
+  )
+
+
 def text(name: str) -> str:
   """The block of a name."""
-  return demo() if name == 'demo' else comparison(name)
+  special = {'demo': demo, 'inference': inference}
+  return special[name]() if name in special else comparison(name)
 
 
 def main() -> int:
@@ -76,15 +99,17 @@ def main() -> int:
   args = parser.parse_args()
   if args.demo:
     record(args.demo)
-  path = ROOT / 'README.md'
-  before = path.read_text()
-  after = BLOCK.sub(lambda m: f'{m[1]}{text(m[2])}{m[3]}', before)
-  if args.check:
+  stale = []
+  for path in (ROOT / 'README.md', ROOT / 'docs' / 'integer.md'):
+    before = path.read_text()
+    after = BLOCK.sub(lambda m: f'{m[1]}{text(m[2])}{m[3]}', before)
     if before != after:
-      print('README.md is out of date: run python benchmarks/tables.py')
-    return int(before != after)
-  path.write_text(after)
-  return 0
+      stale.append(path.name)
+    if not args.check:
+      path.write_text(after)
+  if args.check and stale:
+    print(f'{", ".join(stale)} out of date: run python benchmarks/tables.py')
+  return int(args.check and bool(stale))
 
 
 if __name__ == '__main__':
