@@ -117,9 +117,10 @@ def check_reachable(model, budget: float, choices=None):
   least = reachable(model, choices)
   if budget < least:
     raise ValueError(
-      f'a budget of {budget:.4%} of the float32 BOPs cannot be reached: with '
-      f'the fewest bits and channels that the rules allow, {least:.4%} are '
-      'left; raise the budget, or allow fewer bits or more pruning'
+      f'a budget of {100 * budget:.4g} % of the float32 BOPs cannot be '
+      'reached: with the fewest bits and channels that the rules allow, '
+      f'{least:.4%} are left; raise the budget, or allow fewer bits or more '
+      'pruning'
     )
 
 

@@ -24,6 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from djpq_jax import compress
+from djpq_jax import files
 from djpq_jax import graph as graph_lib
 from djpq_jax import harden
 from djpq_jax import layers
@@ -145,7 +146,7 @@ def _hash(manifest: Mapping[str, Any], folder: pathlib.Path) -> str:
 
 
 def _write(folder: pathlib.Path, manifest, arrays) -> None:
-  partial = folder.with_name(folder.name + '.partial')
+  partial = folder.with_name(folder.name + files.PARTIAL)
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir(parents=True)
   this = jax.process_index()  # of many processes, the one that writes

@@ -4,6 +4,7 @@ import ast
 from collections.abc import Iterable
 import difflib
 import importlib.util
+import math
 import pathlib
 from typing import Any
 
@@ -22,6 +23,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
   'w2a2': {'method': 'uniform', 'uniform_bits': (2, 2)},
   'float': {'method': 'float'},
 }
+
+# Fields that say how much of a whole.
+PARTS = ('ramp', 'warmup', 'distill', 'smoothing')
 
 
 class ConfigError(ValueError):
@@ -234,8 +238,18 @@ def _converted(now, value, name: str):
   if isinstance(now, tuple) and isinstance(value, (list, tuple)):
     return tuple(value)
   if type(now) is float and type(value) is int:
-    return float(value)
+    value = float(value)
   if type(now) is not type(value):
     kind = type(now).__name__
     raise ConfigError(f'{name} takes a {kind}, got {value!r}')
+  if type(now) in (int, float):
+    _check_range(value, name)
   return value
+
+
+def _check_range(value: float, name: str) -> None:
+  """No number of a config is negative, and the parts of a whole are below 1."""
+  if not 0 <= value < math.inf:
+    raise ConfigError(f'{name} takes a number from 0 on, got {value!r}')
+  if name.rpartition('.')[2] in PARTS and value > 1:
+    raise ConfigError(f'{name} takes a number from 0 to 1, got {value!r}')

@@ -6,6 +6,8 @@ import pathlib
 import shutil
 from typing import Any
 
+from djpq_jax import packages
+
 Row = Mapping[str, Any]
 
 
@@ -62,11 +64,6 @@ def _event_writer(folder: pathlib.Path):
 
 
 def _tensorboard():
-  try:
-    import tensorboardX
-  except ImportError:
-    raise ImportError(
-      'the config asks for tensorboard, which needs tensorboardX; install it '
-      "with pip install 'djpq-jax[tensorboard]'"
-    ) from None
-  return tensorboardX
+  return packages.require(
+    'tensorboardX', extra='tensorboard', use='event files (config: tensorboard)'
+  )

@@ -38,7 +38,8 @@ def start(
     process_index: which one this is, from 0.
 
   Raises:
-    ValueError: some of the three are given and some are not.
+    ValueError: some of the three are given and some are not, or none are and
+      no cluster tells.
   """
   given = [x is not None for x in (coordinator, process_count, process_index)]
   if any(given) and not all(given):
@@ -46,7 +47,15 @@ def start(
       'a distributed training needs all of coordinator, process count and '
       'process index, or none of them where the cluster tells'
     )
-  jax.distributed.initialize(coordinator, process_count, process_index)
+  try:
+    jax.distributed.initialize(coordinator, process_count, process_index)
+  except ValueError as error:
+    if any(given):
+      raise
+    raise ValueError(
+      'no cluster is found here (TPU slice, SLURM, Kubernetes, Open MPI): give '
+      f'coordinator, process count and process index ({error})'
+    ) from error
 
 
 def is_first() -> bool:

@@ -6,13 +6,14 @@ with it the experiment is finished.
 """
 
 import json
-import os
 import pathlib
 import shutil
 from typing import Any
 
+from djpq_jax import files
+
 CONFIG = 'config.json'
-CLAIMING = 'config.json.partial'
+CLAIMING = CONFIG + files.PARTIAL
 
 
 class Workdir:
@@ -92,10 +93,8 @@ class Workdir:
           path.unlink()
     if self.claimed and not overwrite:
       return
-    self.path.mkdir(parents=True, exist_ok=True)
-    partial = self.path / CLAIMING
-    partial.write_text(json.dumps(self.config, indent=1) + '\n')
-    os.replace(partial, self.path / CONFIG)
+    content = json.dumps(self.config, indent=1) + '\n'
+    files.replace(self.path / CONFIG, content)
 
   def report(self) -> dict[str, Any] | None:
     """The report of a finished experiment; None while there is none."""

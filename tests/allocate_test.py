@@ -145,7 +145,7 @@ def test_the_smallest_budget_is_reached_exactly():
 def test_a_budget_out_of_reach_says_how_far_it_goes(choices):
   net = shared('digits_cnn')
   least = allocate.reachable(net, choices)
-  half = f'{least / 2:.4%}'
+  half = f'{100 * least / 2:.4g} %'
   message = f'budget of {half} .*cannot be reached.* {least:.4%} are left'
   for f in (allocate.plan, allocate.check_reachable):
     with pytest.raises(ValueError, match=message):

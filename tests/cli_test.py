@@ -383,7 +383,7 @@ def test_overwrite_with_few_choices_of_bits(finished, config, tmp_path, capsys):
     (['method=djqp'], "unknown method 'djqp'; there are djpq, two_stage, uni"),
     (['budget=1e-5'], 'cannot be reached'),
     (['budget=1.5'], 'budget is a fraction'),
-    (['budget=-1.0'], 'budget is a fraction'),
+    (['budget=-1.0'], 'budget takes a number from 0 on'),
     (['data.name=digits'], 'but digits has (8, 8, 1); set model.kwargs.input'),
     (['rules=[{"pattern": "conv9"}]'], 'rules match no layer: conv9'),
     (['model.weights=nowhere.pt'], 'nowhere.pt'),

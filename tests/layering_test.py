@@ -33,41 +33,51 @@ class Row(NamedTuple):
 # In dependency order. numpy stands where shapes and masks are worked out; ops
 # and cost do without, so that all they need is JAX.
 TABLE = (
+  # Small helpers: packages that may be missing, whole files, looks inside.
+  Row('packages files taps', '', ''),
   Row('ops', '', 'jax'),
   Row('cost', '', 'jax'),
   Row('config', '', 'ml_collections'),
   # With cv2, simplejpeg, PIL and array_record, which decode.require imports.
-  Row('data', '', 'jax numpy grain sklearn tensorflow_datasets'),
+  Row('data', 'packages', 'jax numpy grain sklearn tensorflow_datasets'),
   Row('models', '', 'jax numpy flax.nnx safetensors'),
   Row('parallel', '', 'jax numpy flax.nnx'),
   Row('graph', '', 'jax numpy flax.nnx'),
-  Row('layers', 'ops cost', 'jax numpy flax.nnx'),
+  Row('layers', 'ops cost taps', 'jax numpy flax.nnx'),
   Row('compress', 'ops cost graph layers', 'jax numpy flax.nnx'),
   Row(ALLOCATION, 'ops cost layers compress', 'jax numpy optax flax.nnx'),
   Row('harden', 'ops cost graph layers compress', 'jax numpy flax.nnx'),
-  Row('integer', 'ops cost graph layers compress harden', 'jax numpy flax.nnx'),
+  Row(
+    'integer',
+    'ops cost graph layers compress harden taps',
+    'jax numpy flax.nnx',
+  ),
   # Rebuilds a hardened model from a file, with what harden built it from.
   Row(
     'checkpoint',
-    'ops cost graph layers compress harden integer',
+    'ops cost graph layers compress harden integer files',
     'jax numpy flax.nnx orbax',
   ),
-  Row('report', 'harden integer cost', 'numpy rich matplotlib jinja2'),
+  Row(
+    'report',
+    'harden integer cost packages files',
+    'numpy rich matplotlib jinja2',
+  ),
   # A model at rest, on data.
   Row('evaluation', 'compress data', 'jax numpy flax.nnx'),
   # With onnx, onnxruntime and flatbuffers, which it imports when it needs them.
   # It runs the model and the file, so it stands after evaluation.
   Row(
     'export',
-    'ops compress harden integer evaluation',
-    'jax numpy flax.nnx onnx onnxruntime',
+    'ops compress harden integer evaluation packages files',
+    'jax numpy flax.nnx',
   ),
   Row('train', 'ABOVE', 'jax numpy optax flax.nnx chex orbax'),
-  Row('metrics', '', 'tensorboardX'),
+  Row('metrics', 'packages', ''),
   # One experiment, from a config to a report: composition and nothing else.
   Row('experiment', 'ABOVE', 'jax numpy optax flax.nnx ml_collections'),
   # The folder of an experiment, and the signals that stop one.
-  Row('workdir interruption', '', ''),
+  Row('workdir interruption', 'files', ''),
   Row('cli', 'ABOVE', 'jax numpy flax.nnx ml_collections rich'),
 )
 

@@ -168,6 +168,15 @@ def test_a_cluster_is_told_all_or_nothing():
     parallel.start('localhost:1')
 
 
+def test_no_cluster_where_one_is_asked_for(monkeypatch):
+  def initialize(*_):
+    raise ValueError('coordinator_address should be defined.')
+
+  monkeypatch.setattr(jax.distributed, 'initialize', initialize)
+  with pytest.raises(ValueError, match=r'no cluster is found here \(TPU'):
+    parallel.start()
+
+
 @pytest.mark.parametrize(
   'flag',
   ['--coordinator=localhost:1', '--process-count=2', '--process-index=0'],

@@ -235,7 +235,7 @@ def test_plot_curves_without_history(report, tmp_path):
 def test_without_matplotlib(report, tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'matplotlib', None)
   for plot in (report_lib.plot_layers, report_lib.plot_curves):
-    with pytest.raises(ImportError, match=r'pip install "djpq-jax\[demo\]"'):
+    with pytest.raises(ImportError, match=r"pip install 'djpq-jax\[demo\]'"):
       plot(report, tmp_path / 'x.png')
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -11,6 +10,7 @@ import rich.table
 
 from djpq_jax import config as config_lib
 from djpq_jax import experiment
+from djpq_jax import files
 from djpq_jax import parallel
 from djpq_jax import report as report_lib
 from djpq_jax import workdir
@@ -64,7 +64,7 @@ def _run(args) -> None:
   base = config_lib.change(
     config_lib.load(args.config, args.set), budget=args.budgets[-1]
   )
-  if base.method not in ('djpq', 'two_stage'):
+  if base.method not in experiment.SEARCHING:
     raise ValueError(f'method {base.method} has no budget to sweep over')
   options.join_cluster(args)
   console = rich.console.Console(quiet=not parallel.is_first())
@@ -97,9 +97,8 @@ def _point(report: dict[str, Any], folder: str) -> dict[str, Any]:
 
 def _finish(points, folder: pathlib.Path, console) -> None:
   """Writes, draws and prints what the budgets came to."""
-  partial = folder / f'{FILE_NAME}.partial'
-  partial.write_text(json.dumps({'points': points}, indent=1) + '\n')
-  os.replace(partial, folder / FILE_NAME)
+  content = json.dumps({'points': points}, indent=1) + '\n'
+  files.replace(folder / FILE_NAME, content)
   picture = report_lib.plot_pareto(
     {'': points}, folder / 'pareto.png', points[0]['float_accuracy']
   )

@@ -8,31 +8,20 @@ All three release Python's lock, so that threads decode in parallel.
 """
 
 import functools
-import importlib
 from typing import Any
 
 import numpy as np
 
+from djpq_jax import packages
 from djpq_jax.data import geometry
 
 JPEG = b'\xff\xd8'
-EXTRA = 'djpq-jax[images]'
 
 
 @functools.cache
 def require(name: str) -> Any:
-  """Imports one of the packages that reading image files needs.
-
-  Raises:
-    ImportError: it is not installed; the message says how to get it.
-  """
-  try:
-    return importlib.import_module(name)
-  except ImportError as error:
-    raise ImportError(
-      f'image files need the package {name.partition(".")[0]!r}: '
-      f"pip install '{EXTRA}' ({error})"
-    ) from error
+  """Imports one of the packages that reading image files needs."""
+  return packages.require(name, extra='images', use='image files')
 
 
 def random_view(

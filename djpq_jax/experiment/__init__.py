@@ -25,11 +25,13 @@ from djpq_jax.experiment import preview as preview_lib
 from djpq_jax.experiment import setting
 from djpq_jax.experiment.deployment import load_artifact
 from djpq_jax.experiment.methods import METHODS
+from djpq_jax.experiment.setting import SEARCHING
 from djpq_jax.experiment.setting import dense_structure
 from djpq_jax.experiment.setting import rules_of
 
 __all__ = [
   'METHODS',
+  'SEARCHING',
   'check',
   'dense_structure',
   'float_model',

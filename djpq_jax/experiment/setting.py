@@ -20,6 +20,7 @@ from djpq_jax import parallel
 from djpq_jax.models import torch_weights
 
 CALIBRATION_IMAGES = 256
+SEARCHING = ('djpq', 'two_stage')  # methods that lead to a budget
 
 # Called with (phase, steps done, steps in all, metrics).
 Progress = Callable[[str, int, int, dict[str, float]], None]
@@ -92,7 +93,7 @@ class Run:
   @property
   def searches(self) -> bool:
     """Whether channels or bits are learned, towards a budget."""
-    return self.config.method not in ('uniform', 'float')
+    return self.config.method in SEARCHING
 
   @property
   def budget(self) -> float | None:

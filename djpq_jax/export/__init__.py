@@ -13,6 +13,7 @@ import numpy as np
 
 from djpq_jax import evaluation
 from djpq_jax import harden
+from djpq_jax import integer
 from djpq_jax.export import onnx_file
 from djpq_jax.export import stablehlo_file
 from djpq_jax.export import verify
@@ -56,6 +57,9 @@ def export(
 ) -> Result:
   """Writes a hardened model, reads the file back and compares.
 
+  It is compared with the integers that reports speak of,
+  `integer.lower(model, 'simulated')`, and StableHLO holds just these.
+
   Args:
     model: what to write.
     path: where to; a file that is there is replaced.
@@ -81,8 +85,9 @@ def export(
   if path.is_dir() or not path.absolute().parent.is_dir():
     raise ValueError(f'{path} is no place for a file')
   shape = images.shape[1:]
+  exact = integer.lower(model, 'simulated')
   wanted = evaluation.predict(
-    model, [images[i : i + 256] for i in range(0, len(images), 256)]
+    exact, [images[i : i + 256] for i in range(0, len(images), 256)]
   )
   step = verify.output_step(model)
   stated = {
@@ -100,7 +105,7 @@ def export(
     operators = onnx_file.operators(path)
   else:
     stablehlo_file.write(
-      path, stablehlo_file.exported(model, shape, batch), stated
+      path, stablehlo_file.exported(exact, shape, batch), stated
     )
     call = stablehlo_file.Loaded(path)
   found = verify.run(call, images, batch)

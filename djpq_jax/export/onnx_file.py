@@ -1,40 +1,29 @@
 """ONNX files: written from a graph, and run by ONNX Runtime."""
 
 import collections
-import importlib
+import functools
 import os
 import pathlib
 import tempfile
-from typing import Any
 
 import numpy as np
 
+from djpq_jax import files
 from djpq_jax import harden
+from djpq_jax import packages
 from djpq_jax.export import folding
 from djpq_jax.export import nodes
 from djpq_jax.export import program as program_lib
 from djpq_jax.export import rules
 from djpq_jax.export import translate
 
-EXTRA = 'djpq-jax[onnx]'
 OPSET = 13  # the first one with scales per channel
 IR_VERSION = 8  # what ONNX Runtime 1.10 and later read
 INPUT, OUTPUT = 'images', 'logits'
 FORMS = ('qdq', 'integer')
 
 
-def require(name: str) -> Any:
-  """Imports onnx or onnxruntime.
-
-  Raises:
-    ImportError: it is not installed; the message says how to get it.
-  """
-  try:
-    return importlib.import_module(name)
-  except ImportError as error:
-    raise ImportError(
-      f"ONNX files need the package {name!r}: pip install '{EXTRA}' ({error})"
-    ) from error
+_require = functools.partial(packages.require, extra='onnx', use='ONNX files')
 
 
 def translated(
@@ -64,9 +53,9 @@ def to_proto(graph: nodes.Graph, facts: dict[str, str]):
     graph: what to write.
     facts: metadata of the model.
   """
-  onnx = require('onnx')
-  helper = importlib.import_module('onnx.helper')
-  numpy_helper = importlib.import_module('onnx.numpy_helper')
+  onnx = _require('onnx')
+  helper = _require('onnx.helper')
+  numpy_helper = _require('onnx.numpy_helper')
   made = [
     helper.make_node(n.op, n.inputs, [n.output], name=n.output, **n.attributes)
     for n in graph.nodes
@@ -95,10 +84,7 @@ def to_proto(graph: nodes.Graph, facts: dict[str, str]):
 
 def write(path, model) -> None:
   """Writes a model; a file of this name is replaced once all is written."""
-  path = pathlib.Path(path)
-  partial = path.with_name(path.name + '.partial')
-  partial.write_bytes(model.SerializeToString())
-  os.replace(partial, path)
+  files.replace(path, model.SerializeToString())
 
 
 class Session:
@@ -112,7 +98,7 @@ class Session:
   """
 
   def __init__(self, path, *, optimize: bool = True, optimized_path=None):
-    runtime = require('onnxruntime')
+    runtime = _require('onnxruntime')
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # errors
     if hasattr(os, 'sched_getaffinity'):  # else it binds to cores of others
@@ -138,7 +124,7 @@ class Session:
 
 def operators(path) -> dict[str, int]:
   """How often ONNX Runtime runs which operator, most frequent first."""
-  onnx = require('onnx')
+  onnx = _require('onnx')
   with tempfile.TemporaryDirectory() as folder:
     optimized = pathlib.Path(folder) / 'optimized.onnx'
     Session(path, optimized_path=optimized)

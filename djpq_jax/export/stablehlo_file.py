@@ -1,8 +1,6 @@
 """StableHLO files of `jax.export`: one program for CPU, GPU and TPU."""
 
-import importlib
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -12,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from djpq_jax import compress
+from djpq_jax import files
 from djpq_jax import harden
+from djpq_jax import packages
 from djpq_jax.export import program
 
-EXTRA = 'djpq-jax[stablehlo]'
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 
 
@@ -61,22 +60,20 @@ def manifest_path(path) -> pathlib.Path:
 
 def write(path, program: jax.export.Exported, facts: dict[str, Any]) -> None:
   """Writes the program, and its facts beside it as JSON."""
-  _require_flatbuffers()
+  packages.require('flatbuffers', extra='stablehlo', use='StableHLO files')
   path = pathlib.Path(path)
   for target, content in (
     (path, bytes(program.serialize())),
     (manifest_path(path), (json.dumps(facts, indent=1) + '\n').encode()),
   ):
-    partial = target.with_name(target.name + '.partial')
-    partial.write_bytes(content)
-    os.replace(partial, target)
+    files.replace(target, content)
 
 
 class Loaded:
   """A file as JAX runs it, on whatever device it has."""
 
   def __init__(self, path):
-    _require_flatbuffers()
+    packages.require('flatbuffers', extra='stablehlo', use='StableHLO files')
     content = bytearray(pathlib.Path(path).read_bytes())
     self.program = jax.export.deserialize(content)
     self._call = jax.jit(self.program.call)
@@ -84,13 +81,3 @@ class Loaded:
   def __call__(self, images: np.ndarray) -> np.ndarray:
     """Images [B, H, W, C] -> logits [B, classes], float32."""
     return np.asarray(self._call(jnp.asarray(images, jnp.float32)))
-
-
-def _require_flatbuffers() -> None:
-  try:
-    importlib.import_module('flatbuffers')
-  except ImportError as error:
-    raise ImportError(
-      "StableHLO files need the package 'flatbuffers': "
-      f"pip install '{EXTRA}' ({error})"
-    ) from error

@@ -5,9 +5,8 @@ layer.  Inputs are int32 levels; the result is the accumulator times a scale.
 """
 
 from collections.abc import Callable
-import contextlib
-import contextvars
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from djpq_jax import taps
 from djpq_jax.integer import planning
 
 # XLA hands int8 convolutions to its library only from more channels on.
@@ -22,22 +22,9 @@ LEAST_OUTPUTS = 17
 
 LARGEST = np.finfo(np.float32).max
 
-_taps: contextvars.ContextVar[dict | None]
-_taps = contextvars.ContextVar('djpq_accumulators', default=None)
-
-
-@contextlib.contextmanager
-def tap():
-  """Collects accumulators: yields a dict, layer -> int32 array per call.
-
-  To use it under `jax.jit`, open it inside of the jitted function.
-  """
-  taps: dict[str, list[jax.Array]] = {}
-  token = _taps.set(taps)
-  try:
-    yield taps
-  finally:
-    _taps.reset(token)
+# The accumulators of each layer: one int32 array per call.
+_accumulators = taps.Tap('djpq_accumulators')
+tap = _accumulators.open
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,38 +78,24 @@ class Conv:
       x = lax.pad(x, jnp.zeros((), x.dtype), edges)
       padding = [(0, 0)] * len(padding)
 
-    def xla(x, w):
-      outputs = w.shape[-1]
-      few = max(x.shape[-1], outputs) < LEAST_OUTPUTS
-      if self.plan.carrier == 'int8' and feature_group_count == 1 and few:
-        more = [(0, 0)] * (w.ndim - 1) + [(0, LEAST_OUTPUTS - outputs)]
-        w = jnp.pad(w, more)
-      y = lax.conv_general_dilated(
-        x,
-        w,
-        strides,
-        padding,
+    if self.plan.method == 'xla':
+      product = functools.partial(
+        _conv,
+        self.plan,
+        window_strides=strides,
+        padding=padding,
         lhs_dilation=lhs_dilation,
         rhs_dilation=rhs_dilation,
         dimension_numbers=dimension_numbers,
         feature_group_count=feature_group_count,
-        precision=_precision(self.plan),
-        preferred_element_type=_sum_dtype(self.plan),
       )
-      return y[..., :outputs]
-
-    def columns(x, w):
-      pixels = jnp.concatenate(list(_shifted(x, w, strides, rhs_dilation)), -1)
-      flat = w.reshape(-1, w.shape[-1])
-      return _dot(self.plan, pixels, flat, (((3,), (0,)), ((), ())))
-
-    def taps(x, w):
-      flat = w.reshape(-1, w.shape[-1])
-      shifted = _shifted(x, w, strides, rhs_dilation)
-      return sum(x * row[None, None, None] for x, row in zip(shifted, flat))
-
-    methods = {'xla': xla, 'columns': columns, 'point': columns, 'taps': taps}
-    product = methods[self.plan.method]
+    else:
+      product = functools.partial(
+        _depthwise if self.plan.method == 'taps' else _by_columns,
+        self.plan,
+        strides=strides,
+        dilation=rhs_dilation,
+      )
     # Channels are the last axis of the input, the last but one of the kernel.
     axes = -1, weights.integers.ndim - 2
     return _scaled(self.plan, x, weights, product, axes)
@@ -139,6 +112,38 @@ class Dot:
     (left, right), _ = dimension_numbers
     product = lambda x, w: _dot(self.plan, x, w, dimension_numbers)
     return _scaled(self.plan, x, weights, product, (left[-1], right[-1]))
+
+
+def _conv(plan: planning.Plan, x, w, *, feature_group_count, **where):
+  """A convolution of XLA."""
+  outputs = w.shape[-1]
+  few = max(x.shape[-1], outputs) < LEAST_OUTPUTS
+  if plan.carrier == 'int8' and feature_group_count == 1 and few:
+    more = [(0, 0)] * (w.ndim - 1) + [(0, LEAST_OUTPUTS - outputs)]
+    w = jnp.pad(w, more)
+  y = lax.conv_general_dilated(
+    x,
+    w,
+    feature_group_count=feature_group_count,
+    precision=_precision(plan),
+    preferred_element_type=_sum_dtype(plan),
+    **where,
+  )
+  return y[..., :outputs]
+
+
+def _by_columns(plan: planning.Plan, x, w, *, strides, dilation):
+  """A convolution as one product of matrices."""
+  pixels = jnp.concatenate(list(_shifted(x, w, strides, dilation)), -1)
+  flat = w.reshape(-1, w.shape[-1])
+  return _dot(plan, pixels, flat, (((3,), (0,)), ((), ())))
+
+
+def _depthwise(_: planning.Plan, x, w, *, strides, dilation):
+  """A depthwise convolution as a sum of shifted inputs."""
+  flat = w.reshape(-1, w.shape[-1])
+  shifted = _shifted(x, w, strides, dilation)
+  return sum(x * row[None, None, None] for x, row in zip(shifted, flat))
 
 
 def _shifted(x, w, strides, dilation):
@@ -182,9 +187,7 @@ def _scaled(plan: planning.Plan, x, weights: Weights, product: Callable, axes):
   total = _accumulated(plan, x, weights.integers, product, axes)
   if weights.offset is not None:
     total = total + _to_rank(weights.offset, total.ndim)
-  taps = _taps.get()
-  if taps is not None:
-    taps.setdefault(plan.name, []).append(total.astype(jnp.int32))
+  _accumulators.see(plan.name, total.astype(jnp.int32))
   y = total.astype(jnp.float32) * _to_rank(weights.scale, total.ndim)
   # Never in force, but in the way of a fused multiply-add: whether a compiler
   # makes one of this product and the bias depends on what is around them, and

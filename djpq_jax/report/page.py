@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import functools
 import os
 import pathlib
-import tempfile
 from typing import Any
 
 import jinja2
 
+from djpq_jax import files
 from djpq_jax.report import chart
 from djpq_jax.report import page_facts
 
@@ -35,20 +35,7 @@ def write_page(
   Raises:
     ValueError: there is no run, or two have the same name.
   """
-  path = pathlib.Path(path)
-  page = render(runs)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  # In the same folder, since a rename is atomic within a file system only.
-  handle, partial = tempfile.mkstemp('.tmp', path.name, path.parent)
-  try:
-    with open(handle, 'w', encoding='utf-8') as file:
-      file.write(page)
-    os.chmod(partial, 0o644)
-    os.replace(partial, path)
-  except BaseException:
-    os.unlink(partial)
-    raise
-  return path
+  return files.replace(path, render(runs))
 
 
 def render(runs: Sequence[page_facts.Run]) -> str:

@@ -56,21 +56,8 @@ def draw(reports: Named, key: str = 'pareto') -> chart.Chart:
     method: (chart.COLOURS[i % 5], chart.MARKS[i % 5])
     for i, method in enumerate(methods)
   }
-  lines = []
-  if shared is not None:
-    lines.append(
-      chart.Line(
-        path=chart.level_line(up, shared),
-        colour='grey',
-        label='float32',
-        dashed=True,
-      )
-    )
-  if len(best) > 1:
-    points = [(across(x[name]), up(y[name])) for name in best]
-    lines.append(
-      chart.Line(path=chart.path(points), colour='front', label='best of these')
-    )
+  level = None if shared is None else chart.level_line(up, shared)
+  lines = _lines(level, [(across(x[name]), up(y[name])) for name in best])
   marks, tips = [], []
   places = _places([(n, across(x[n]), up(y[n])) for n, _ in reports])
   for name, report in reports:
@@ -104,6 +91,22 @@ def draw(reports: Named, key: str = 'pareto') -> chart.Chart:
       for method, (colour, shape) in looks.items()
     ],
   )
+
+
+def _lines(
+  level: str | None, points: Sequence[tuple[float, float]]
+) -> list[chart.Line]:
+  """The level of the float model, if all runs share one, and the front."""
+  lines = []
+  if level is not None:
+    lines.append(
+      chart.Line(path=level, colour='grey', label='float32', dashed=True)
+    )
+  if len(points) > 1:
+    lines.append(
+      chart.Line(path=chart.path(points), colour='front', label='best of these')
+    )
+  return lines
 
 
 def _places(

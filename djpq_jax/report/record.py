@@ -5,8 +5,9 @@ import json
 import math
 import os
 import pathlib
-import tempfile
 from typing import Any
+
+from djpq_jax import files
 
 FILE_NAME = 'report.json'
 # In the order of the file; keys that are not listed follow, sorted.
@@ -60,19 +61,7 @@ def write(
   problem = _problem(plain)
   if problem:
     raise ValueError(f'the report {problem}')
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  # In the same folder, since a rename is atomic within a file system only.
-  handle, name = tempfile.mkstemp('.tmp', FILE_NAME, folder)
-  try:
-    with open(handle, 'w', encoding='utf-8') as file:
-      file.write(_dumps(plain))
-    os.chmod(name, 0o644)
-    os.replace(name, folder / FILE_NAME)
-  except BaseException:
-    os.unlink(name)
-    raise
-  return folder / FILE_NAME
+  return files.replace(pathlib.Path(folder) / FILE_NAME, _dumps(plain))
 
 
 def read(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import os
 import pathlib
 from typing import Any
 
+from djpq_jax import packages
+
 BLUE, ORANGE, GREEN, RED = '#0072B2', '#E69F00', '#009E73', '#D55E00'
 GREY, PALE, SHADE, INK = '#8C8C8C', '#DEDEDE', '#F3F3F3', '#262626'
 WIDTH = 10  # inches: 1000 px at the 100 dpi of a README
@@ -18,14 +20,11 @@ SMALL = 8.5  # points
 
 def figure(title: str, height: float) -> Any:
   """An empty figure of one width with a title, `height` in inches."""
-  try:
-    from matplotlib import figure
-    from matplotlib import layout_engine
-    from matplotlib.backends import backend_agg
-  except ImportError as error:
-    raise ImportError(
-      'pictures need matplotlib: pip install "djpq-jax[demo]"'
-    ) from error
+  packages.require('matplotlib', extra='demo', use='pictures')
+  from matplotlib import figure
+  from matplotlib import layout_engine
+  from matplotlib.backends import backend_agg
+
   layout = layout_engine.ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
   out = figure.Figure((WIDTH, height), facecolor='white', layout=layout)
   backend_agg.FigureCanvasAgg(out)

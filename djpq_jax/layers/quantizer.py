@@ -1,0 +1,166 @@
+"""A learned grid for one tensor."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from djpq_jax.ops import quantize
+
+EXPONENT_RANGE = (0.5, 2.0)
+
+
+class QuantParam(nnx.Param):
+  """A learned quantizer parameter: log clip, log step or log exponent."""
+
+
+@jax.custom_vjp
+def bounded(x, low, high):
+  """Clamps `x` to [low, high]; at a bound only the way back has a gradient.
+
+  A plain clamp has no gradient outside, so what once hit a bound never
+  returns; straight-through lets `x` drift ever further out.  Here a gradient
+  reaches `x` unless following it (downhill) would leave the range further.
+  The active bound gets the gradient too, since the value moves with it.
+
+  Args:
+    x: float array.
+    low: smallest value, same shape.
+    high: largest value, same shape.
+
+  Returns:
+    Array like `x`.
+  """
+  return jnp.clip(x, low, high)
+
+
+def _bounded_fwd(x, low, high):
+  return jnp.clip(x, low, high), (x, low, high)
+
+
+def _bounded_bwd(residuals, g):
+  x, low, high = residuals
+  # On a bound, what x may not follow the bound does.
+  below = (x < low) | ((x == low) & (g > 0))
+  above = (x > high) | ((x == high) & (g < 0))
+  leaves = (below & (g > 0)) | (above & (g < 0))
+  return (
+    jnp.where(leaves, 0.0, g),
+    jnp.where(below, g, 0.0),
+    jnp.where(above, g, 0.0),
+  )
+
+
+bounded.defvjp(_bounded_fwd, _bounded_bwd)
+
+
+class Quantizer(nnx.Module):
+  """A learned grid for one tensor: clip q_m, step d and, if asked, exponent t.
+
+  All three are learned as logarithms, so they stay positive, and the step is
+  held between those of the largest and of the smallest allowed bits.  A
+  quantizer whose bits are `fixed` learns its clip alone and its step follows,
+  which is the learned step size of LSQ (Esser et al. 2020) for that grid.
+
+  Args:
+    clip: largest magnitude kept, > 0; scalar, or an array that broadcasts to
+      the tensor for one grid per channel.
+    bits: bits to begin with, inside `bounds`.
+    signed: whether the tensor has negative values.
+    bounds: smallest and largest bits.
+    learn_exponent: whether to learn t (else it stays 1).
+    fixed: whether `bits` stay as they are.
+    exponent: t to begin with.
+    choices: bits that the grid may have, or () for any.  The learned bits go
+      to the nearest of them (in octaves), with a straight-through gradient
+      [DJPQ-restrict].
+  """
+
+  def __init__(
+    self,
+    clip,
+    bits: float,
+    *,
+    signed: bool,
+    bounds: tuple[float, float],
+    learn_exponent: bool = False,
+    fixed: bool = False,
+    exponent: float = 1.0,
+    choices: Sequence[float] = (),
+  ):
+    clip = jnp.asarray(clip, jnp.float32)
+    self.signed = signed
+    self.bounds = (float(bounds[0]), float(bounds[1]))
+    self.fixed_bits = float(bits) if fixed else None
+    self.choices = tuple(sorted(map(float, choices)))
+    self.log_clip = QuantParam(jnp.log(clip))
+    self.log_exponent = nnx.data(None)
+    self.log_step = nnx.data(None)
+    t: Any = 1.0
+    if learn_exponent:
+      t = jnp.asarray(exponent, jnp.float32)
+      self.log_exponent = QuantParam(jnp.log(t))
+    if not fixed:
+      step = quantize.step_for_bits(float(bits), clip, t, signed=signed)
+      self.log_step = QuantParam(jnp.log(step))
+
+  def grid(self, *, restricted: bool = True):
+    """Returns (step, clip, exponent) as they apply now.
+
+    Args:
+      restricted: whether the bits are one of the choices, if there are any;
+        else they are those that are learned.
+    """
+    log_clip = self.log_clip[...]
+    clip = jnp.exp(log_clip)
+    exponent: Any = 1.0
+    log_range = log_clip
+    if self.log_exponent is not None:
+      raw = self.log_exponent[...]
+      low, high = (jnp.full_like(raw, np.log(e)) for e in EXPONENT_RANGE)
+      exponent = jnp.exp(bounded(raw, low, high))
+      log_range = exponent * log_clip
+    if self.fixed_bits is not None:
+      return jnp.exp(log_range) / self._levels(self.fixed_bits), clip, exponent
+    assert self.log_step is not None
+    low, high = (log_range - np.log(self._levels(b)) for b in self.bounds[::-1])
+    log_step = bounded(self.log_step[...], low, high)
+    if self.choices and restricted:
+      bits = quantize.bit_width(
+        jnp.exp(log_step), clip, exponent, signed=self.signed
+      )
+      allowed = log_range - jnp.log(self._nearest_levels(bits))
+      log_step += jax.lax.stop_gradient(allowed - log_step)
+    return jnp.exp(log_step), clip, exponent
+
+  def _nearest_levels(self, bits):
+    """Levels of the allowed bits that are nearest in octaves."""
+    choices = np.array(self.choices, np.float32)
+    # From the geometric mean of two choices on, the larger one is nearer.
+    edges = np.sqrt(choices[1:] * choices[:-1])
+    levels = np.array([self._levels(b) for b in self.choices], np.float32)
+    return jnp.asarray(levels)[jnp.searchsorted(edges, bits)]
+
+  def _levels(self, bits: float) -> float:
+    return 2.0 ** (bits - self.signed) - 1.0
+
+  def bits(self, *, restricted: bool = True):
+    """Bits of the grid: differentiable, or a whole float if fixed."""
+    if self.fixed_bits is not None:
+      return self.fixed_bits
+    step, clip, exponent = self.grid(restricted=restricted)
+    # One grid per channel shares one width: that of its widest channel.
+    return jnp.max(quantize.bit_width(step, clip, exponent, signed=self.signed))
+
+  def __call__(self, x):
+    """Quantizes `x`, of any shape; the result has its shape and dtype."""
+    step, clip, exponent = self.grid()
+    return quantize.quantize(x, step, clip, exponent, signed=self.signed)
+
+  def integers(self, x):
+    """The whole numbers n, int32, for which `self(x)` is step * n."""
+    step, clip, exponent = self.grid()
+    return quantize.quantize_to_int(x, step, clip, exponent, signed=self.signed)
