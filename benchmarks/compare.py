@@ -35,8 +35,15 @@ CONTROLS = {
 NO_PRUNING = {'pattern': '*', 'prune': False}
 
 
-def contestants(base, budgets):
-  """Name -> what changes in the config `base`."""
+def contestants(base, budgets, shares=()):
+  """Name -> what changes in the config `base`.
+
+  Args:
+    base: of all contestants.
+    budgets: relative BOPs.
+    shares: MACs that two-stage may leave after its first stage, in place of
+      what `base` says; how much to prune is that method's to guess.
+  """
   rules = [dict(rule) for rule in base.rules]
   rows = dict(CONTROLS)
   for budget in budgets:
@@ -47,6 +54,12 @@ def contestants(base, budgets):
       'bit_choices': (2, 4, 8, 16, 32),
     }
     rows[f'two-stage {at}'] = {'method': 'two_stage', 'budget': budget}
+    for share in shares:
+      rows[f'two-stage {share:.0%} MACs {at}'] = {
+        'method': 'two_stage',
+        'two_stage_macs': share,
+        'budget': budget,
+      }
     rows[f'bits only {at}'] = {
       'budget': budget,
       'rules': [*rules, NO_PRUNING],
@@ -122,11 +135,12 @@ def main():
   parser.add_argument('--set', action='append', default=[])
   parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
   parser.add_argument('--budgets', type=float, nargs='+')
+  parser.add_argument('--two-stage-macs', type=float, nargs='+', default=[])
   parser.add_argument('--only', nargs='+', help='names of contestants')
   parser.add_argument('--out', required=True, type=pathlib.Path)
   args = parser.parse_args()
   base = config_lib.load(args.config, args.set)
-  rows = contestants(base, args.budgets or [base.budget])
+  rows = contestants(base, args.budgets or [base.budget], args.two_stage_macs)
   result = {'environment': environment(), 'config': args.config, 'runs': []}
   if args.out.exists():
     result = json.loads(args.out.read_text())
