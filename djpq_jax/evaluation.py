@@ -13,7 +13,14 @@ from djpq_jax import data
 
 
 def predict(model, images: Iterable[Any]) -> np.ndarray:
-  """Logits of a model on batches of images, float32 [N, classes]."""
+  """Logits on batches of images, float32 [N, classes].
+
+  Args:
+    model: an nnx model, or a function from images to logits.
+    images: batches.
+  """
+  if not isinstance(model, nnx.Module):
+    return np.concatenate([np.asarray(model(x)) for x in images])
   graphdef, state = nnx.split(compress.eval_view(model))
   state = nnx.as_pure(state)
 

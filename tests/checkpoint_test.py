@@ -2,12 +2,14 @@
 
 import functools
 import json
+import lzma
 import pathlib
 import pickle
 import shutil
 
 from flax import nnx
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -19,6 +21,10 @@ from djpq_jax import checkpoint
 from djpq_jax import compress
 from djpq_jax import evaluation
 from djpq_jax import harden
+from djpq_jax import integer
+from djpq_jax.checkpoint import manifest as manifest_lib
+from djpq_jax.checkpoint import packing
+from djpq_jax.checkpoint import program
 
 # They run flax's batch norm.
 pytestmark = pytest.mark.standard_promotion
@@ -93,7 +99,7 @@ def edit(folder, *, sign=True, **changes):
   path = folder / 'manifest.json'
   manifest = json.loads(path.read_text()) | changes
   if sign:  # as one who means to deceive would
-    manifest['sha256'] = checkpoint._hash(manifest, folder / 'arrays')
+    manifest['sha256'] = manifest_lib.content_hash(manifest, folder)
   path.write_text(json.dumps(manifest))
 
 
@@ -138,7 +144,7 @@ def test_manifest_is_readable(saved):
   assert (conv['name'], conv['kept_out'], conv['out_size']) == ('conv', 3, 6)
   assert (conv['weight_bits'], head['weight_bits']) == (3, 12)
   assert conv['bops'] + head['bops'] == manifest['totals']['bops']
-  assert manifest['arrays']['model/head/kernel']['bits'] == 12
+  assert manifest['arrays']['model/head/kernel'].startswith('int12[')
   (mask,) = bytes.fromhex(manifest['plan']['open']['conv'])
   opened = hardened().structure.plan.open['conv']
   assert f'{mask:08b}'[: len(opened)] == ''.join(str(int(o)) for o in opened)
@@ -176,7 +182,11 @@ def test_saving_again_replaces(tmp_path):
     load(folder).model.conv.kernel[...], kernel[...]
   )
   assert sorted(f.name for f in folder.parent.iterdir()) == ['artifact']
-  assert sorted(f.name for f in folder.iterdir()) == ['arrays', 'manifest.json']
+  assert sorted(f.name for f in folder.iterdir()) == [
+    'arrays',
+    'manifest.json',
+    'program.xz',
+  ]
 
 
 def test_a_failed_save_leaves_the_older_artifact(artifact, monkeypatch):
@@ -232,8 +242,8 @@ def test_older_version(artifact):
 
 
 def test_newer_version(artifact):
-  edit(artifact, version=checkpoint.VERSION + 1)
-  refused(artifact, 'has format version 3, .* reads up to 2; update djpq_jax')
+  edit(artifact, version=manifest_lib.VERSION + 1)
+  refused(artifact, 'has format version 4, .* reads up to 3; update djpq_jax')
 
 
 @pytest.mark.parametrize(
@@ -255,7 +265,9 @@ def test_manifest_without_a_key(artifact, key):
     {'plan': {}},
     {'plan': None},
     {'arrays': {}},
-    {'arrays': {'no/such': {'shape': [1], 'dtype': 'int8', 'bits': 3}}},
+    {'arrays': {'no/such': 'int3[1]'}},
+    {'arrays': {'no/such': 'int3'}},
+    {'arrays': ['no/such']},
     {'input_shape': [4]},
     {'input_shape': 'wide'},
     {'signed_inputs': {}},
@@ -274,8 +286,9 @@ def test_no_arrays(artifact):
 
 
 def test_any_missing_file_is_noticed(artifact):
-  files = [f for f in (artifact / 'arrays').rglob('*') if f.is_file()]
-  assert len(files) > 3
+  files = [f for f in artifact.rglob('*') if f.is_file()]
+  files.remove(artifact / 'manifest.json')
+  assert len(files) > 4
   for file in files:
     content = file.read_bytes()
     file.unlink()
@@ -285,8 +298,8 @@ def test_any_missing_file_is_noticed(artifact):
 
 
 def test_any_altered_byte_is_noticed(artifact):
-  for file in (artifact / 'arrays').rglob('*'):
-    if not file.is_file():
+  for file in artifact.rglob('*'):
+    if not file.is_file() or file.name == 'manifest.json':
       continue
     good = file.read_bytes()
     for position in range(0, len(good), max(1, len(good) // 5)):
@@ -328,6 +341,47 @@ def test_artifact_of_another_model(saved, kind):
   refused(saved, 'does not fit the model', kind)
 
 
+def test_the_program_needs_no_class(saved):
+  images = tiny.split(40).images
+  exact = integer.lower(hardened(), 'simulated')
+  wanted = evaluation.predict(exact, [images])
+  run = checkpoint.load_program(saved)
+  np.testing.assert_array_equal(run(images), wanted)
+  assert run(images[:3]).shape == (3, tiny.CLASSES)
+
+
+def test_a_program_that_calls_what_it_should_not():
+  def calls_lapack(arrays, images):
+    return jnp.linalg.cholesky(images)
+
+  shape = jax.ShapeDtypeStruct((2, 2), jnp.float32)
+  exported = jax.export.export(jax.jit(calls_lapack))({}, shape)
+  content = lzma.compress(bytes(exported.serialize()))
+  with pytest.raises(ValueError, match='it calls lapack_spotrf_ffi'):
+    program.Program(content, {})
+
+
+@pytest.mark.parametrize('content', [b'', b'no program', lzma.compress(b'no')])
+def test_a_program_that_is_none(artifact, content):
+  (artifact / 'program.xz').write_bytes(content)
+  edit(artifact)
+  with pytest.raises(checkpoint.ArtifactError, match='cannot be read'):
+    checkpoint.load_program(artifact)
+  load(artifact)  # which does not need it
+
+
+def test_a_model_without_a_program(tmp_path, monkeypatch):
+  def fail(*args, **kwargs):
+    raise ValueError('only whole numbers\nhere')
+
+  monkeypatch.setattr(jax.export, 'export', fail)
+  save(tmp_path / 'artifact')
+  load(tmp_path / 'artifact')
+  message = 'has no program: it cannot be traced .*: only whole numbers$'
+  with pytest.raises(checkpoint.ArtifactError, match=message):
+    checkpoint.load_program(tmp_path / 'artifact')
+
+
 @pytest.mark.parametrize('bits', range(2, 17))
 def test_pack_round_trip(bits):
   rng = np.random.default_rng(bits)
@@ -335,18 +389,18 @@ def test_pack_round_trip(bits):
   dtype = np.int8 if bits <= 8 else np.int16
   values = rng.integers(low, high, (3, 5, 7), endpoint=True).astype(dtype)
   values[0, 0, :2] = low, high
-  packed = checkpoint.pack(values, bits)
+  packed = packing.pack(values, bits)
   assert packed.dtype == np.uint8
   assert packed.shape == (-(-values.size * bits // 8),)
-  back = checkpoint.unpack(packed, bits, values.shape)
+  back = packing.unpack(packed, bits, values.shape)
   assert back.dtype == dtype
   np.testing.assert_array_equal(back, values)
 
 
 def test_pack_of_nothing():
-  packed = checkpoint.pack(np.zeros((0, 3), np.int8), 5)
+  packed = packing.pack(np.zeros((0, 3), np.int8), 5)
   assert packed.shape == (0,)
-  assert checkpoint.unpack(packed, 5, (0, 3)).shape == (0, 3)
+  assert packing.unpack(packed, 5, (0, 3)).shape == (0, 3)
 
 
 @pytest.mark.parametrize(
@@ -354,4 +408,4 @@ def test_pack_of_nothing():
 )
 def test_pack_refuses_what_does_not_fit(value, bits):
   with pytest.raises(ValueError, match=f'values do not fit {bits} signed bits'):
-    checkpoint.pack(np.array([0, value]), bits)
+    packing.pack(np.array([0, value]), bits)

@@ -23,7 +23,6 @@ from djpq_jax.export import verify
 
 pytest.importorskip('onnx', reason="needs pip install 'djpq-jax[onnx]'")
 pytest.importorskip('onnxruntime', reason="needs pip install 'djpq-jax[onnx]'")
-pytest.importorskip('flatbuffers', reason='djpq-jax[stablehlo]')
 
 # They run flax's batch norm.
 pytestmark = pytest.mark.standard_promotion
@@ -240,15 +239,12 @@ def test_a_folder_is_no_place(tmp_path):
     export.export(build('flatten'), tmp_path, IMAGES, format='onnx')
 
 
-@pytest.mark.parametrize(
-  ('format', 'package'),
-  [('onnx', 'onnx'), ('onnx', 'onnxruntime'), ('stablehlo', 'flatbuffers')],
-)
-def test_missing_packages(format, package, tmp_path, monkeypatch):
+@pytest.mark.parametrize('package', ['onnx', 'onnxruntime'])
+def test_missing_packages(package, tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, package, None)
-  match = rf"need the package '{package}': pip install 'djpq-jax\[{format}\]'"
+  match = rf"need the package '{package}': pip install 'djpq-jax\[onnx\]'"
   with pytest.raises(ImportError, match=match):
-    written(build('flatten'), tmp_path, format=format)
+    written(build('flatten'), tmp_path, format='onnx')
 
 
 def test_the_example_serves_the_file(tmp_path):

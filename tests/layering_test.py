@@ -65,7 +65,7 @@ TABLE = (
   ),
   # A model at rest, on data.
   Row('evaluation', 'compress data', 'jax numpy flax.nnx'),
-  # With onnx, onnxruntime and flatbuffers, which it imports when it needs them.
+  # With onnx and onnxruntime, which it imports when it needs them.
   # It runs the model and the file, so it stands after evaluation.
   Row(
     'export',

@@ -3,6 +3,7 @@
 from djpq_jax import checkpoint
 from djpq_jax import data
 from djpq_jax import experiment
+from djpq_jax import models
 
 
 def add_options(command) -> None:
@@ -14,10 +15,25 @@ def add_options(command) -> None:
   command.add_argument('--data-dir', help='where the data set was prepared')
 
 
-def load(args):
-  """The manifest, the model, and the test images that it is measured on."""
+def load_model(folder):
+  """The hardened model of an artifact, if it is one of this package."""
+  spec = checkpoint.read_manifest(folder)['model']
+  if not has_class(spec):
+    raise ValueError(
+      f'the class of {folder} ({spec["name"]}) is not one of this package; '
+      'what needs none is djpq evaluate --execution program'
+    )
+  return experiment.load_artifact(folder)
+
+
+def has_class(spec) -> bool:
+  """Whether a model is one of this package."""
+  return spec['name'] in models.MODELS
+
+
+def images(args):
+  """The manifest, the test images of an artifact, and the name of their set."""
   manifest = checkpoint.read_manifest(args.artifact)
-  model = experiment.load_artifact(args.artifact)
   measured_on = manifest.get('measured_on', {})
   name = args.data or measured_on.get('data')
   if not name:
@@ -32,4 +48,4 @@ def load(args):
       f'the artifact takes images of shape {tuple(manifest["input_shape"])}, '
       f'but {name} has {shape}'
     )
-  return manifest, model, split, name
+  return manifest, split, name

@@ -1,14 +1,18 @@
 """`djpq evaluate`: measures a hardened model from its files alone."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from djpq_jax import checkpoint
 from djpq_jax import evaluation
 from djpq_jax import harden
 from djpq_jax import integer
 from djpq_jax.cli import artifacts
+
+PROGRAM = 'program'
 
 
 def add_command(commands) -> None:
@@ -19,27 +23,35 @@ def add_command(commands) -> None:
   artifacts.add_options(command)
   command.add_argument(
     '--execution',
-    choices=integer.EXECUTIONS,
-    default='simulated',
-    help='what multiplies the integers; the predictions are the same',
+    choices=[*integer.EXECUTIONS, PROGRAM],
+    help='what multiplies the integers; the predictions are the same. '
+    f'{PROGRAM}: what the artifact itself holds, which needs no class of the '
+    f'model. By default {integer.EXECUTIONS[0]} where there is a class',
   )
   command.add_argument('--json', action='store_true', help='print JSON')
   command.set_defaults(run=_run)
 
 
 def _run(args) -> None:
-  _, model, split, name = artifacts.load(args)
-  shape = split.images.shape[1:]
-  executed = integer.lower(model, args.execution)
-  accuracy = evaluation.evaluate(executed, split)
-  sample = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
-  totals = harden.totals(model, harden.count(model, sample))
+  manifest, split, name = artifacts.images(args)
+  known = artifacts.has_class(manifest['model'])
+  execution = args.execution or (integer.EXECUTIONS[0] if known else PROGRAM)
+  if execution == PROGRAM:
+    predict: Any = checkpoint.load_program(args.artifact)
+    totals, float_layers = manifest['totals'], manifest['float_layers']
+  else:
+    model = artifacts.load_model(args.artifact)
+    predict = integer.lower(model, execution)
+    sample = jax.ShapeDtypeStruct((2, *split.images.shape[1:]), jnp.float32)
+    totals = harden.totals(model, harden.count(model, sample))
+    float_layers = integer.left_float(predict)
+  accuracy = evaluation.evaluate(predict, split)
   result = {
     'accuracy': accuracy,
     'images': len(split),
     **totals,
-    'execution': args.execution,
-    'float_layers': integer.left_float(executed),
+    'execution': execution,
+    'float_layers': float_layers,
   }
   if args.json:
     print(json.dumps(result, indent=1))

@@ -51,7 +51,8 @@ def add_command(commands) -> None:
 def _run(args) -> None:
   batch = None if args.batch == 'symbolic' else _positive(args.batch, 'batch')
   count = _positive(args.images, 'images')
-  manifest, model, split, name = artifacts.load(args)
+  model = artifacts.load_model(args.artifact)
+  manifest, split, name = artifacts.images(args)
   images = _first_images(split, count)
   facts = {'model': manifest['model']['name'], 'artifact': manifest['sha256']}
   result = export.export(

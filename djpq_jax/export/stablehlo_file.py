@@ -12,7 +12,6 @@ import numpy as np
 from djpq_jax import compress
 from djpq_jax import files
 from djpq_jax import harden
-from djpq_jax import packages
 from djpq_jax.export import program
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
@@ -60,7 +59,6 @@ def manifest_path(path) -> pathlib.Path:
 
 def write(path, program: jax.export.Exported, facts: dict[str, Any]) -> None:
   """Writes the program, and its facts beside it as JSON."""
-  packages.require('flatbuffers', extra='stablehlo', use='StableHLO files')
   path = pathlib.Path(path)
   for target, content in (
     (path, bytes(program.serialize())),
@@ -73,7 +71,6 @@ class Loaded:
   """A file as JAX runs it, on whatever device it has."""
 
   def __init__(self, path):
-    packages.require('flatbuffers', extra='stablehlo', use='StableHLO files')
     content = bytearray(pathlib.Path(path).read_bytes())
     self.program = jax.export.deserialize(content)
     self._call = jax.jit(self.program.call)

@@ -4,14 +4,14 @@
       manifest.json   what it is: layers, bits, channels, totals, accuracy
       arrays/         orbax: one array of all integers, packed at their bit
                       width, and one of all floats
+      program.xz      what computes with them, as StableHLO
 
-Nothing in it is executed on load: JSON and numbers only.
+`load` gives the model, if its Python class is at hand; it takes JSON and
+numbers alone. `load_program` needs no class. Neither executes anything.
 """
 
 from collections.abc import Mapping
-import hashlib
 import importlib.metadata
-import json
 import os
 import pathlib
 import shutil
@@ -27,46 +27,26 @@ from djpq_jax import compress
 from djpq_jax import files
 from djpq_jax import graph as graph_lib
 from djpq_jax import harden
+from djpq_jax import integer
 from djpq_jax import layers
+from djpq_jax.checkpoint import manifest as manifest_lib
+from djpq_jax.checkpoint import packing
+from djpq_jax.checkpoint import program as program_lib
+from djpq_jax.checkpoint.manifest import ArtifactError
+from djpq_jax.checkpoint.manifest import read_manifest
+from djpq_jax.checkpoint.program import Program
 
-FORMAT = 'djpq_jax hardened model'
-VERSION = 2
-KEYS = {'model', 'input_shape', 'totals', 'layers', 'signed_inputs', 'reasons'}
-KEYS |= {'plan', 'arrays', 'sha256', 'provenance'}
+__all__ = [
+  'ArtifactError',
+  'Program',
+  'load',
+  'load_program',
+  'read_manifest',
+  'save',
+  'size_bytes',
+]
+
 PACKED = 'packed'  # the array of all integers
-
-
-class ArtifactError(ValueError):
-  """An artifact cannot be read; the message says why in one sentence."""
-
-
-def pack(values: np.ndarray, bits: int) -> np.ndarray:
-  """Packs signed integers at `bits` bits each, lowest bit first.
-
-  Args:
-    values: integers in [-2**(bits-1), 2**(bits-1)), any shape.
-    bits: 2 to 16.
-
-  Returns:
-    uint8 [ceil(values.size * bits / 8)].
-
-  >>> pack(np.array([1, -1, 0, 1]), 2).tolist()
-  [231]
-  """
-  shifted = np.ravel(values).astype(np.int64) + 2 ** (bits - 1)
-  if shifted.size and not 0 <= shifted.min() <= shifted.max() < 2**bits:
-    raise ValueError(f'values do not fit {bits} signed bits')
-  digits = (shifted[:, None] >> np.arange(bits)) & 1
-  return np.packbits(digits.astype(np.uint8).ravel(), bitorder='little')
-
-
-def unpack(packed: np.ndarray, bits: int, shape) -> np.ndarray:
-  """Undoes `pack`: int8 (int16 above 8 bits) of `shape`."""
-  size = int(np.prod(shape))
-  flat = np.unpackbits(packed, count=size * bits, bitorder='little')
-  digits = flat.reshape(size, bits).astype(np.int64)
-  values = (digits << np.arange(bits)).sum(axis=1) - 2 ** (bits - 1)
-  return values.astype(np.int8 if bits <= 8 else np.int16).reshape(shape)
 
 
 def save(
@@ -91,22 +71,23 @@ def save(
   folder = pathlib.Path(folder).absolute()
   # Few arrays, for each costs hundreds of bytes on disk.
   parts: dict[str, list[np.ndarray]] = {}
-  entries: dict[str, dict[str, Any]] = {}
+  entries: dict[str, str] = {}
   bits = {row.name: row.weight_bits for row in rows}
   for key, variable in nnx.to_flat_state(nnx.state(model)):
     name = '/'.join(map(str, key))
     value = np.asarray(variable[...])
     if isinstance(variable, layers.IntegerParam):
       width = bits[name.removeprefix('model/').removesuffix('/kernel')]
-      entries[name] = {'shape': list(value.shape), 'bits': width}
-      parts.setdefault(PACKED, []).append(pack(value, width))
+      entries[name] = manifest_lib.spec(f'int{width}', value.shape)
+      parts.setdefault(PACKED, []).append(packing.pack(value, width))
     else:
-      entries[name] = {'shape': list(value.shape), 'dtype': str(value.dtype)}
+      entries[name] = manifest_lib.spec(str(value.dtype), value.shape)
       parts.setdefault(str(value.dtype), []).append(value.ravel())
   arrays = {name: np.concatenate(found) for name, found in parts.items()}
+  code, reason = program_lib.serialized(model, input_shape)
   manifest = {
-    'format': FORMAT,
-    'version': VERSION,
+    'format': manifest_lib.FORMAT,
+    'version': manifest_lib.VERSION,
     'model': dict(model_spec),
     'input_shape': list(input_shape),
     **(more or {}),
@@ -116,12 +97,14 @@ def save(
     },
     'totals': harden.totals(model, rows),
     'layers': [vars(row) for row in rows],
+    'float_layers': integer.left_float(model),
     'signed_inputs': _signed(model),
     'reasons': {g.name: g.reason for g in model.structure.groups if g.reason},
     'plan': model.structure.plan.to_json(),
+    'program': reason or program_lib.FILE_NAME,
     'arrays': entries,
   }
-  _write(folder, manifest, arrays)
+  _write(folder, manifest, arrays, code)
 
 
 def _signed(model) -> dict[str, bool]:
@@ -132,20 +115,7 @@ def _signed(model) -> dict[str, bool]:
   }
 
 
-def _hash(manifest: Mapping[str, Any], folder: pathlib.Path) -> str:
-  """Of the manifest and of all array files; those of file managers aside."""
-  said = {k: v for k, v in manifest.items() if k != 'sha256'}
-  digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
-  for path in sorted(folder.rglob('[!.]*')):
-    if path.is_file():
-      content = path.read_bytes()
-      name = path.relative_to(folder).as_posix()
-      digest.update(f'{name} {len(content)}\n'.encode())
-      digest.update(content)
-  return digest.hexdigest()
-
-
-def _write(folder: pathlib.Path, manifest, arrays) -> None:
+def _write(folder: pathlib.Path, manifest, arrays, code: bytes | None) -> None:
   partial = folder.with_name(folder.name + files.PARTIAL)
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir(parents=True)
@@ -157,64 +127,14 @@ def _write(folder: pathlib.Path, manifest, arrays) -> None:
   )
   with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
     checkpointer.save(partial / 'arrays', arrays)
-  manifest = {**manifest, 'sha256': _hash(manifest, partial / 'arrays')}
-  (partial / 'manifest.json').write_text(_to_text(manifest) + '\n')
+  if code is not None:
+    (partial / program_lib.FILE_NAME).write_bytes(code)
+  sha256 = manifest_lib.content_hash(manifest, partial)
+  text = manifest_lib.to_text({**manifest, 'sha256': sha256})
+  (partial / manifest_lib.FILE_NAME).write_text(text + '\n')
   if folder.exists():
     shutil.rmtree(folder)
   os.replace(partial, folder)
-
-
-def _to_text(value, depth: int = 2, indent: str = '') -> str:
-  """JSON with one line for each layer, array and group."""
-  if not depth or not isinstance(value, dict | list) or not value:
-    return json.dumps(value, allow_nan=False)
-  inner = indent + ' '
-  if isinstance(value, dict):
-    items = [
-      f'{json.dumps(k)}: {_to_text(v, depth - 1, inner)}'
-      for k, v in value.items()
-    ]
-    first, last = '{', '}'
-  else:
-    items = [_to_text(v, depth - 1, inner) for v in value]
-    first, last = '[', ']'
-  lines = f',\n{inner}'.join(items)
-  return f'{first}\n{inner}{lines}\n{indent}{last}'
-
-
-def read_manifest(folder) -> dict[str, Any]:
-  """Reads and checks an artifact's manifest.
-
-  Raises:
-    ArtifactError: there is none, it is damaged, foreign or from a newer
-      version.
-  """
-  path = pathlib.Path(folder) / 'manifest.json'
-  try:
-    manifest = json.loads(path.read_text())
-  except FileNotFoundError:
-    raise ArtifactError(
-      f'{folder} is no artifact: it has no manifest.json'
-    ) from None
-  except (OSError, ValueError) as error:
-    raise ArtifactError(f'{path} is damaged: {error}') from None
-  if not isinstance(manifest, dict) or manifest.get('format') != FORMAT:
-    raise ArtifactError(f'{path} was not written by djpq_jax')
-  version = manifest.get('version')
-  if not isinstance(version, int) or version > VERSION:
-    raise ArtifactError(
-      f'{folder} has format version {version}, this djpq_jax '
-      f'reads up to {VERSION}; update djpq_jax'
-    )
-  if version < VERSION:
-    raise ArtifactError(
-      f'{folder} has format version {version}, which this djpq_jax no longer '
-      'reads; train it again, or take an older djpq_jax'
-    )
-  missing = sorted(KEYS - manifest.keys())
-  if missing:
-    raise ArtifactError(f'{path} is damaged: it lacks {", ".join(missing)}')
-  return manifest
 
 
 def load(folder, dense) -> harden.HardenedModel:
@@ -231,38 +151,77 @@ def load(folder, dense) -> harden.HardenedModel:
   Raises:
     ArtifactError: anything is missing, damaged or does not fit the model.
   """
-  manifest = read_manifest(folder)
-  arrays = pathlib.Path(folder).absolute() / 'arrays'
-  if not arrays.is_dir():
-    raise ArtifactError(f'{folder} is incomplete: it has no arrays')
-  if _hash(manifest, arrays) != manifest['sha256']:
-    raise ArtifactError(
-      f'{folder} was altered or is incomplete: its files do not have the hash '
-      'that the manifest states'
-    )
-  values = _read_arrays(arrays)
+  manifest, arrays = _read(folder)
   try:
-    return _filled(_skeleton(manifest, dense), manifest['arrays'], values)
+    values = _unpacked(manifest['arrays'], arrays)
+    return _filled(_skeleton(manifest, dense), values)
   except (AttributeError, LookupError, TypeError, ValueError) as error:
     raise ArtifactError(
       f'{folder} does not fit the model: {_first_line(error)}'
     ) from error
 
 
-def _filled(model, entries, arrays) -> harden.HardenedModel:
-  """The model with arrays in place of shapes."""
+def load_program(folder) -> program_lib.Program:
+  """Reads an artifact without the class that its model was made of.
+
+  Args:
+    folder: where `save` wrote it.
+
+  Returns:
+    What computes the logits; it runs the integers as `integer.lower(model,
+    'simulated')` does, on CPU, GPU or TPU.
+
+  Raises:
+    ArtifactError: anything is missing or damaged, or it holds no program.
+  """
+  manifest, arrays = _read(folder)
+  if manifest['program'] != program_lib.FILE_NAME:
+    raise ArtifactError(f'{folder} has no program: {manifest["program"]}')
+  path = pathlib.Path(folder) / program_lib.FILE_NAME
+  try:
+    values = _unpacked(manifest['arrays'], arrays)
+    return program_lib.Program(path.read_bytes(), values)
+  except Exception as error:  # of many kinds, for what may be in such a file
+    raise ArtifactError(
+      f'the program of {folder} cannot be read: {_first_line(error)}'
+    ) from error
+
+
+def _read(folder) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """The manifest and the arrays, once the hash of all is right."""
+  manifest = read_manifest(folder)
+  folder = pathlib.Path(folder).absolute()
+  if not (folder / 'arrays').is_dir():
+    raise ArtifactError(f'{folder} is incomplete: it has no arrays')
+  if manifest_lib.content_hash(manifest, folder) != manifest['sha256']:
+    raise ArtifactError(
+      f'{folder} was altered or is incomplete: its files do not have the hash '
+      'that the manifest states'
+    )
+  return manifest, _read_arrays(folder / 'arrays')
+
+
+def _unpacked(specs, arrays) -> dict[str, np.ndarray]:
+  """Each array of the model, by name."""
   values = {}
   done = dict.fromkeys(arrays, 0)
-  for name, entry in entries.items():
-    kind = PACKED if 'bits' in entry else entry['dtype']
-    size = int(np.prod(entry['shape']))
-    if 'bits' in entry:
-      size = -(-size * entry['bits'] // 8)
+  for name, text in specs.items():
+    dtype, shape = manifest_lib.read_spec(text)
+    size = int(np.prod(shape))
+    bits = int(dtype.removeprefix('int')) if dtype.startswith('int') else 0
+    kind = PACKED if bits else dtype
+    size = -(-size * bits // 8) if bits else size
     value = arrays[kind][done[kind] : done[kind] + size]
     done[kind] += size
-    if 'bits' in entry:
-      value = unpack(value, entry['bits'], entry['shape'])
-    values[name] = jnp.asarray(value.reshape(entry['shape']))
+    if bits:
+      values[name] = packing.unpack(value, bits, shape)
+    else:
+      values[name] = value.reshape(shape)
+  return values
+
+
+def _filled(model, values) -> harden.HardenedModel:
+  """The model with arrays in place of shapes."""
   graphdef, state = nnx.split(model)
   flat = [('/'.join(map(str, k)), k, v) for k, v in nnx.to_flat_state(state)]
   different = {name for name, _, _ in flat} ^ values.keys()
@@ -275,7 +234,7 @@ def _filled(model, entries, arrays) -> harden.HardenedModel:
   }
   if different:
     raise ValueError(f'they differ in {", ".join(sorted(different)[:3])}')
-  filled = [(key, values[name]) for name, key, _ in flat]
+  filled = [(key, jnp.asarray(values[name])) for name, key, _ in flat]
   return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 

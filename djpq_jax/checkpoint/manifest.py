@@ -1,0 +1,105 @@
+"""The manifest of an artifact: what it holds, for people and for `load`."""
+
+from collections.abc import Mapping
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+from djpq_jax.checkpoint import program
+
+FORMAT = 'djpq_jax hardened model'
+VERSION = 3
+KEYS = {'model', 'input_shape', 'totals', 'layers', 'signed_inputs', 'reasons'}
+KEYS |= {'plan', 'arrays', 'sha256', 'provenance', 'program', 'float_layers'}
+FILE_NAME = 'manifest.json'
+
+
+class ArtifactError(ValueError):
+  """An artifact cannot be read; the message says why in one sentence."""
+
+
+def read_manifest(folder) -> dict[str, Any]:
+  """Reads and checks an artifact's manifest.
+
+  Raises:
+    ArtifactError: there is none, it is damaged, foreign or from a newer
+      version.
+  """
+  path = pathlib.Path(folder) / FILE_NAME
+  try:
+    manifest = json.loads(path.read_text())
+  except FileNotFoundError:
+    raise ArtifactError(
+      f'{folder} is no artifact: it has no manifest.json'
+    ) from None
+  except (OSError, ValueError) as error:
+    raise ArtifactError(f'{path} is damaged: {error}') from None
+  if not isinstance(manifest, dict) or manifest.get('format') != FORMAT:
+    raise ArtifactError(f'{path} was not written by djpq_jax')
+  version = manifest.get('version')
+  if not isinstance(version, int) or version > VERSION:
+    raise ArtifactError(
+      f'{folder} has format version {version}, this djpq_jax '
+      f'reads up to {VERSION}; update djpq_jax'
+    )
+  if version < VERSION:
+    raise ArtifactError(
+      f'{folder} has format version {version}, which this djpq_jax no longer '
+      'reads; train it again, or take an older djpq_jax'
+    )
+  missing = sorted(KEYS - manifest.keys())
+  if missing:
+    raise ArtifactError(f'{path} is damaged: it lacks {", ".join(missing)}')
+  return manifest
+
+
+def to_text(value, depth: int = 2, indent: str = '') -> str:
+  """JSON with one line for each layer, array and group."""
+  if not depth or not isinstance(value, dict | list) or not value:
+    return json.dumps(value, allow_nan=False)
+  inner = indent + ' '
+  if isinstance(value, dict):
+    items = [
+      f'{json.dumps(k)}: {to_text(v, depth - 1, inner)}'
+      for k, v in value.items()
+    ]
+    first, last = '{', '}'
+  else:
+    items = [to_text(v, depth - 1, inner) for v in value]
+    first, last = '[', ']'
+  lines = f',\n{inner}'.join(items)
+  return f'{first}\n{inner}{lines}\n{indent}{last}'
+
+
+def content_hash(manifest: Mapping[str, Any], folder: pathlib.Path) -> str:
+  """Of the manifest, the arrays and the program; nothing else belongs to it."""
+  said = {k: v for k, v in manifest.items() if k != 'sha256'}
+  digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+  arrays = (folder / 'arrays').rglob('[!.]*')  # not what file managers leave
+  for path in [*sorted(arrays), folder / program.FILE_NAME]:
+    if path.is_file():
+      content = path.read_bytes()
+      name = path.relative_to(folder).as_posix()
+      digest.update(f'{name} {len(content)}\n'.encode())
+      digest.update(content)
+  return digest.hexdigest()
+
+
+def spec(dtype: str, shape) -> str:
+  """An array as the manifest says it; whole numbers by their packed bits.
+
+  >>> spec('int3', (3, 3, 16, 32))
+  'int3[3,3,16,32]'
+  """
+  return f'{dtype}[{",".join(map(str, shape))}]'
+
+
+def read_spec(text: str) -> tuple[str, tuple[int, ...]]:
+  """Undoes `spec`.
+
+  >>> read_spec('float32[]')
+  ('float32', ())
+  """
+  dtype, _, sizes = text.removesuffix(']').partition('[')
+  return dtype, tuple(int(size) for size in sizes.split(',') if size)
