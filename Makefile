@@ -39,9 +39,10 @@ test: lint
 	  NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false \
 	  $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" $(TREE_MODE_TESTS); fi
 
-# Every warning is an error, a name without a page among them.
+# Every warning is an error, a name without a page among them; -E, as what has
+# been read once would warn no more.
 docs: .venv/.docs-installed
-	$(BIN)/python -m sphinx -W --keep-going -n -q -d build/docs/doctrees \
+	$(BIN)/python -m sphinx -W --keep-going -n -E -q -d build/docs/doctrees \
 	  docs build/docs/html
 	@echo 'Open build/docs/html/index.html'
 
