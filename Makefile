@@ -16,11 +16,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 TREE_MODE_TESTS = $(wildcard tests/graph* tests/layers* tests/train*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test browser lint format wheel clean
+.PHONY: help demo test docs browser lint format wheel clean
 
 help:
 	@echo 'make demo    train, compress, harden and evaluate on real digits'
 	@echo 'make test    lint, types, tests and doctests'
+	@echo 'make docs    the documentation as a site, into build/docs/html'
 	@echo 'make browser a Chromium for the tests of the HTML report'
 	@echo 'make lint    ruff, mypy and shellcheck'
 	@echo 'make format  rewrite the code in the house style'
@@ -37,6 +38,13 @@ test: lint
 	  echo 'Again, with the trees of flax.nnx instead of its graphs:'; \
 	  NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false \
 	  $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" $(TREE_MODE_TESTS); fi
+
+# Every warning is an error, a name without a page among them; -E, as what has
+# been read once would warn no more.
+docs: .venv/.docs-installed
+	$(BIN)/python -m sphinx -W --keep-going -n -E -q -d build/docs/doctrees \
+	  docs build/docs/html
+	@echo 'Open build/docs/html/index.html'
 
 # A Chromium for the tests of the HTML report, which are skipped without one.
 browser: .venv/.dev-installed
@@ -58,6 +66,7 @@ wheel: .venv/.dev-installed
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -f docs/one_layer.ipynb
 	find configs djpq_jax tests -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.demo-installed: setup.cfg pyproject.toml | .venv/bin/python
@@ -68,6 +77,10 @@ clean:
 .venv/.dev-installed: setup.cfg pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install -e '.[dev]'
 	@touch .venv/.demo-installed $@
+
+.venv/.docs-installed: setup.cfg pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install -e '.[docs]'
+	@touch $@
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys' 2>/dev/null || { echo \

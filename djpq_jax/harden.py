@@ -160,7 +160,7 @@ def count(model: HardenedModel, *args) -> list[LayerReport]:
 
   Args:
     model: a hardened model.
-    *args: a batch of inputs, or `jax.ShapeDtypeStruct`s.
+    *args: a batch of inputs, or of `jax.ShapeDtypeStruct`.
 
   Returns:
     One report per layer in execution order; products outside of layers, as in

@@ -168,7 +168,7 @@ def pmap_step(step: Step, mesh: jax.sharding.Mesh) -> Step:
   device axis that it wants on every array.
 
   Args:
-    step: (state, batch, *, axis_name) -> (state, metrics), which averages
+    step: `(state, batch, *, axis_name) -> (state, metrics)`, which averages
       over that axis itself; the state is donated.
     mesh: from `mesh`.
   """

@@ -36,7 +36,7 @@ def test_tables_are_those_of_the_results():
 
 
 def test_links_lead_somewhere():
-  for path in [ROOT / 'README.md', *ROOT.glob('docs/*.md')]:
+  for path in [ROOT / 'README.md', *ROOT.glob('docs/**/*.md')]:
     for target in _links(path.read_text()):
       assert (path.parent / target).exists(), f'{path.name}: {target}'
 

@@ -1,5 +1,7 @@
 """The hardened model on disk: a manifest anybody can read, and packed arrays.
 
+A folder::
+
     artifact/
       manifest.json   what it is: layers, bits, channels, totals, accuracy
       arrays/         orbax: one array of all integers, packed at their bit

@@ -1,5 +1,7 @@
 """One experiment from its config to its report.
 
+What it goes through::
+
     data -> float model -> compress -> search -> plan -> finetune -> harden
          -> artifact -> reload -> evaluate -> report
 

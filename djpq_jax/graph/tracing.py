@@ -25,7 +25,7 @@ def trace(model: nnx.Module, *args, **kwargs) -> records.ChannelGraph:
 
   Args:
     model: any `nnx.Module`; it is not changed.
-    *args: arrays or `jax.ShapeDtypeStruct`s, batch axis first and channels
+    *args: arrays or `jax.ShapeDtypeStruct`, batch axis first and channels
       last; anything else is passed on as it is.
     **kwargs: likewise.
 

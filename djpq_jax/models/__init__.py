@@ -1,6 +1,6 @@
 """Plain nnx models, NHWC, that know nothing of compression.
 
-`create` makes one by name.  All of them map images [B, *model.input_shape] to
+`create` makes one by name.  All of them map images `[B, *model.input_shape]` to
 logits [B, num_classes], start in train mode, and switch with `model.eval()`
 and `model.train()`.
 """

@@ -1,6 +1,6 @@
 """Uniform quantizer with a learned step, clip and exponent.
 
-A magnitude is clipped, raised to `exponent` and rounded to whole steps:
+A magnitude is clipped, raised to `exponent` and rounded to whole steps::
 
     u   = (min(|x|, clip) - floor) ** exponent        (0 below `floor`)
     x_q = sign(x) * step * round(u / step)
@@ -8,7 +8,7 @@ A magnitude is clipped, raised to `exponent` and rounded to whole steps:
 The result is `step` times an integer: the grid is uniform whatever the
 exponent is, and there is no inverse mapping.  Unsigned, negative x gives 0.
 
-Straight-through derivatives, each times sign(x):
+Straight-through derivatives, each times sign(x)::
 
     d x_q / d step     = round(u / step) - u / step
     d x_q / d clip     = exponent (clip - floor) ** (exponent - 1)  above clip
@@ -33,7 +33,7 @@ import jax.numpy as jnp
 def quantize(x, step_size, clip, exponent=1.0, *, signed=True, floor=0.0):
   """Rounds x to whole steps, differentiable in x and in the grid.
 
-  x_q = sign(x) step round((min(|x|, clip) - floor) ** exponent / step)
+  ``x_q = sign(x) step round((min(|x|, clip) - floor) ** exponent / step)``
   [formula and derivatives: the module's docstring].
 
   Precondition, not checked as it may be traced: 0 <= floor < clip, step > 0.
@@ -78,7 +78,7 @@ def quantize_to_int(
 ):
   """Integer levels n of the quantizer: `quantize(x, ...)` is step * n.
 
-  The equality is exact in float32 while |n| < 2**24.  No gradient.
+  The equality is exact in float32 while ``|n| < 2**24``.  No gradient.
 
   Args:
     x: floating array of any shape.
