@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import pathlib
-import time
 
 import compare
 from flax import nnx
@@ -27,6 +26,7 @@ from djpq_jax import compress
 from djpq_jax import harden
 from djpq_jax import integer
 from djpq_jax import models
+from djpq_jax import speed
 
 
 def prepare(name: str, kwargs: dict, bits, keep: float):
@@ -46,34 +46,14 @@ def prepare(name: str, kwargs: dict, bits, keep: float):
   return model, harden.harden(compress.freeze(net, plan, x))
 
 
-def compiled(model, x):
-  """Returns a function of no arguments, and the seconds it took to compile."""
-  graphdef, state = nnx.split(compress.eval_view(model))
-  state, x = jax.device_put((nnx.as_pure(state), x))
-  start = time.perf_counter()
-  run = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
-  run = run.lower(state, x).compile()
-  seconds = time.perf_counter() - start
-  return lambda: jax.block_until_ready(run(state, x)), seconds
-
-
 def measure(runs: dict, rounds: int) -> dict:
-  """Times functions in turn; wall clock and CPU seconds of each."""
-  times: dict = {name: [] for name in runs}
-  for run in runs.values():
-    run()
-  for _ in range(rounds):
-    for name, run in runs.items():
-      wall, cpu = time.perf_counter(), time.process_time()
-      run()
-      wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-      times[name].append((wall, cpu))
+  """Wall clock and CPU time of functions that take turns."""
   return {
     name: {
       'median_ms': round(1e3 * float(np.median([w for w, _ in found])), 3),
       'least_cpu_ms': round(1e3 * min(c for _, c in found), 3),
     }
-    for name, found in times.items()
+    for name, found in speed.take_turns(runs, rounds).items()
   }
 
 
@@ -87,16 +67,16 @@ def agree(executed: dict, x) -> bool:
 def compare_executions(dense, hardened, x, rounds: int) -> dict:
   """One model at one batch size: all contestants in turn."""
   executed = {e: integer.lower(hardened, e) for e in integer.EXECUTIONS}
-  contestants = {'float32': dense, 'dequantized': hardened, **executed}
+  contestants = {speed.FLOAT: dense, 'dequantized': hardened, **executed}
   runs, compile_seconds = {}, {}
   for name, model in contestants.items():
-    runs[name], compile_seconds[name] = compiled(model, x)
+    runs[name], compile_seconds[name] = speed.compiled(model, x)
   # Runs of other engines join `runs` here.
   rows = measure(runs, rounds)
   for name, row in rows.items():
     for unit in ('median_ms', 'least_cpu_ms'):
       row[f'{unit}_float32_over_this'] = round(
-        rows['float32'][unit] / row[unit], 2
+        rows[speed.FLOAT][unit] / row[unit], 2
       )
     if name in compile_seconds:
       row['compile_seconds'] = round(compile_seconds[name], 1)
@@ -116,7 +96,7 @@ def layer_times(hardened, x, rounds: int) -> list[dict]:
     for hook in compress.hooks(model):
       hook.operands.gate = None  # what entered was gated
       layer_input = np.asarray(inputs[hook.path][0])
-      runs[hook.path, name] = compiled(hook.layer, layer_input)[0]
+      runs[hook.path, name] = speed.compiled(hook.layer, layer_input)[0]
   found = measure(runs, rounds)
   plans = integer.plans(versions['int8'])
   return [

@@ -33,6 +33,7 @@ from PIL import Image
 import simplejpeg
 
 from djpq_jax import data
+from djpq_jax import machine
 from djpq_jax.data import decode
 from djpq_jax.data import geometry
 from djpq_jax.data import stored
@@ -143,7 +144,7 @@ def setting():
   return {
     'command': ' '.join(['python', *sys.argv]),
     'commit': commit.stdout.strip(),
-    'machine': f'{_processor()}, {stored.cores()} of {os.cpu_count()} cores',
+    'machine': f'{_processor()}, {machine.cores()} of {os.cpu_count()} cores',
     'versions': {
       'python': platform.python_version(),
       'numpy': np.__version__,
@@ -170,7 +171,7 @@ def main():
   parser.add_argument('--threads', type=int, default=0, help='0: one per core')
   parser.add_argument('--out', help='JSON file to write')
   args = parser.parse_args()
-  cores = min(args.threads or stored.cores(), stored.cores())
+  cores = min(args.threads or machine.cores(), machine.cores())
   with tempfile.TemporaryDirectory() as home:
     size = make(pathlib.Path(home), args.images)
     rounds = measure(pathlib.Path(home), args)
@@ -179,7 +180,7 @@ def main():
     'mean_image_bytes': round(size),
     'batch': args.batch,
     'rounds': args.rounds,
-    'threads': args.threads or stored.cores(),
+    'threads': args.threads or machine.cores(),
     **summary(rounds, cores),
   }
   text = json.dumps(result, indent=1)

@@ -228,6 +228,20 @@ def test_report_is_one_page_of_the_run(finished, tmp_path, capsys):
   assert 'is an output of the model' in content
 
 
+def test_report_measures_speed(finished, tmp_path, capsys):
+  run = pathlib.Path(shutil.copytree(finished.workdir, tmp_path / 'run'))
+  assert cli.main(['report', str(run), '--time']) == 0
+  measured = json.loads((run / 'speed.json').read_text())
+  names = ['float32', 'simulated', 'float', 'int8']
+  assert list(measured['images_per_second']) == names
+  assert all(speed > 0 for speed in measured['images_per_second'].values())
+  assert cli.main(['report', str(run)]) == 0  # it was kept
+  assert '64 images at a time' in (run / 'report.html').read_text()
+  (run / 'speed.json').write_text('{')
+  capsys.readouterr()
+  assert 'speed.json is truncated' in refused(capsys, 'report', str(run))
+
+
 def test_report_compares_runs(finished, tmp_path, capsys, monkeypatch):
   """One of them has lost its artifact, which is no reason to refuse."""
   monkeypatch.chdir(tmp_path)

@@ -34,12 +34,14 @@ class Row(NamedTuple):
 # and cost do without, so that all they need is JAX.
 TABLE = (
   # Small helpers: packages that may be missing, whole files, looks inside.
-  Row('packages files taps', '', ''),
+  Row('packages files taps machine', '', ''),
   Row('ops', '', 'jax'),
   Row('cost', '', 'jax'),
   Row('config', '', 'ml_collections'),
   # With cv2, simplejpeg, PIL and array_record, which decode.require imports.
-  Row('data', 'packages', 'jax numpy grain sklearn tensorflow_datasets'),
+  Row(
+    'data', 'packages machine', 'jax numpy grain sklearn tensorflow_datasets'
+  ),
   Row('models', '', 'jax numpy flax.nnx safetensors'),
   Row('parallel', '', 'jax numpy flax.nnx'),
   Row('graph', '', 'jax numpy flax.nnx'),
@@ -65,11 +67,12 @@ TABLE = (
   ),
   # A model at rest, on data.
   Row('evaluation', 'compress data', 'jax numpy flax.nnx'),
+  Row('speed', 'compress harden integer', 'jax numpy flax.nnx'),
   # With onnx and onnxruntime, which it imports when it needs them.
   # It runs the model and the file, so it stands after evaluation.
   Row(
     'export',
-    'ops compress harden integer evaluation packages files',
+    'ops compress harden integer evaluation packages files machine',
     'jax numpy flax.nnx',
   ),
   Row('train', 'ABOVE', 'jax numpy optax flax.nnx chex orbax'),

@@ -334,3 +334,19 @@ def test_the_wheel_holds_the_templates():
   names = [f'templates/{f.name}' for f in files]
   assert len(names) >= 5
   assert all(fnmatch.fnmatch(name, pattern) for name in names)
+
+
+def test_measured_speed():
+  report = sample_report.make()
+  run = report_lib.Run(name='a', report=report)
+  assert 'not measured: djpq report --time does' in page.render([run])
+  measured = {
+    'images_per_second': {'float32': 2000.0, 'int8': 500.0, 'float': 2500.0},
+    'batch': 64,
+    'device': 'cpu',
+    'cores': 2,
+  }
+  found = page.render([dataclasses.replace(run, speed=measured)])
+  assert '1.25x' in found
+  assert 'of float32 (float execution, 64 images at a time, cpu, 2' in found
+  assert '2,500 images per second, float32 2,000' in found

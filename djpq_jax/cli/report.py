@@ -3,16 +3,26 @@
 from collections.abc import Sequence
 import json
 import pathlib
+from typing import Any
 
+import jax
 import numpy as np
 
 from djpq_jax import checkpoint
 from djpq_jax import compress
 from djpq_jax import experiment
+from djpq_jax import files
 from djpq_jax import harden
+from djpq_jax import machine
+from djpq_jax import models
 from djpq_jax import report as report_lib
+from djpq_jax import speed
 from djpq_jax import workdir
+from djpq_jax.cli import artifacts
 from djpq_jax.cli import sweep
+
+SPEED = 'speed.json'
+TIMED_IMAGES = 64  # of one batch
 
 
 def add_command(commands) -> None:
@@ -32,6 +42,12 @@ def add_command(commands) -> None:
     help=f'the page; by default {report_lib.PAGE_NAME} in the one folder that '
     'was given, or here for several',
   )
+  command.add_argument(
+    '--time',
+    action='store_true',
+    help='measure on this machine how fast the model runs, and keep the result '
+    f'in the workdir as {SPEED}',
+  )
   command.set_defaults(run=_run)
 
 
@@ -46,6 +62,8 @@ def _run(args) -> None:
   runs = []
   for folder, name, report in zip(folders, _names(folders), reports):
     weights, problem = None, ''
+    if args.time:
+      _measure_speed(folder, report)
     try:
       weights = _weights(folder / report['artifact'])
     except ValueError as error:
@@ -54,10 +72,43 @@ def _run(args) -> None:
       print(f'{name}: without the distribution of weights: {error}')
     runs.append(
       report_lib.Run(
-        name=name, report=report, weights=weights, why_no_weights=problem
+        name=name,
+        report=report,
+        weights=weights,
+        why_no_weights=problem,
+        speed=_read_speed(folder / SPEED),
       )
     )
   print(f'report    {report_lib.write_page(runs, out)}')
+
+
+def _measure_speed(folder: pathlib.Path, report: dict) -> None:
+  """Times the dense and the hardened model of a run in turn."""
+  artifact = folder / report['artifact']
+  spec = checkpoint.read_manifest(artifact)['model']
+  hardened = artifacts.load_model(artifact)
+  dense: Any = models.create(spec['name'], **spec['kwargs'])
+  x = np.random.default_rng(0).standard_normal(
+    (TIMED_IMAGES, *dense.input_shape), np.float32
+  )
+  measured = {
+    'images_per_second': speed.images_per_second(dense, hardened, x),
+    'batch': TIMED_IMAGES,
+    'device': jax.devices()[0].device_kind,
+    'cores': machine.cores(),
+    'artifact': checkpoint.read_manifest(artifact)['sha256'],
+  }
+  files.replace(folder / SPEED, json.dumps(measured, indent=1) + '\n')
+
+
+def _read_speed(path: pathlib.Path):
+  """What was measured of a run, or None."""
+  try:
+    return json.loads(path.read_text(encoding='utf-8'))
+  except FileNotFoundError:
+    return None
+  except ValueError:
+    raise ValueError(f'{path} is truncated: --time measures again') from None
 
 
 def _folders(run: pathlib.Path) -> list[pathlib.Path]:

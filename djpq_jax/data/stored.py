@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from djpq_jax import machine
 from djpq_jax.data import decode
 from djpq_jax.data import split as split_lib
 
@@ -183,7 +184,9 @@ def open_splits(
     raise ValueError(f'{folder} has no split {sorted(missing)[0]!r}')
   resize = round(size * 8 / 7) if resize is None else resize
   train, test = (
-    StoredImages(folder, split, size, resize, min_area, threads or cores())
+    StoredImages(
+      folder, split, size, resize, min_area, threads or machine.cores()
+    )
     for split in splits
   )
   return _split(name, train), _split(name, test)
@@ -248,10 +251,3 @@ def labels_path(folder: pathlib.Path, split: str) -> pathlib.Path:
 @functools.lru_cache(maxsize=4)
 def _pool(threads: int) -> futures.ThreadPoolExecutor:
   return futures.ThreadPoolExecutor(threads, 'djpq-decode')
-
-
-def cores() -> int:
-  """Processor cores that this process may use."""
-  if hasattr(os, 'sched_getaffinity'):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1

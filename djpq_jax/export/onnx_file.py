@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import os
 import pathlib
 import tempfile
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from djpq_jax import files
 from djpq_jax import harden
+from djpq_jax import machine
 from djpq_jax import packages
 from djpq_jax.export import folding
 from djpq_jax.export import nodes
@@ -101,8 +101,8 @@ class Session:
     runtime = _require('onnxruntime')
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # errors
-    if hasattr(os, 'sched_getaffinity'):  # else it binds to cores of others
-      options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    # Unless told, it binds its threads to cores of others too.
+    options.intra_op_num_threads = machine.cores()
     levels = runtime.GraphOptimizationLevel
     options.graph_optimization_level = (
       levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL

@@ -17,13 +17,13 @@ from djpq_jax.layers.quantizer import bounded
 
 __all__ = [
   'EXPONENT_RANGE',
+  'OPEN_LOG_ALPHA',
   'Gate',
   'GateIndex',
   'GateMean',
   'GateParam',
   'GateValue',
   'IntegerParam',
-  'OPEN_LOG_ALPHA',
   'Operands',
   'QuantParam',
   'Quantizer',

@@ -23,12 +23,16 @@ class Run:
     weights: of the layers whose kernels are integers, by layer; None if they
       are not known.
     why_no_weights: a sentence for the page, if they are not.
+    speed: what `djpq report --time` measured, or None: 'images_per_second' of
+      'float32' and of the executions of the integers, 'batch', 'device',
+      'cores'.
   """
 
   name: str
   report: Mapping[str, Any]
   weights: Mapping[str, weight_chart.Weights] | None = None
   why_no_weights: str = ''
+  speed: Mapping[str, Any] | None = None
 
 
 def of_run(run: Run, key: str) -> dict[str, Any]:
@@ -39,7 +43,7 @@ def of_run(run: Run, key: str) -> dict[str, Any]:
     'key': key,
     'name': run.name,
     'verdict': text.verdict(report),
-    'cards': _cards(report),
+    'cards': [*_cards(report), _speed_card(run)],
     'made': _made(report),
     'layers': [_layer(layer, report) for layer in report['layers']],
     'totals': {key: text.si(report[key]) for key in ('macs', 'bops')},
@@ -91,6 +95,28 @@ def _cards(report: Mapping[str, Any]) -> list[dict[str, str]]:
     card['note'] = f'{text.times(old, size)} smaller than {text.si(old)}B'
     card['detail'] = f'{size:,} of {old:,} bytes'
   return [*cards, card]
+
+
+def _speed_card(run: Run) -> dict[str, str]:
+  """The fastest way to run the integers against the float model."""
+  if run.speed is None:
+    return {
+      'title': 'Measured speed',
+      'value': '–',
+      'note': 'not measured: djpq report --time does',
+      'detail': 'BOPs count work, they are no speed.',
+    }
+  speeds = dict(run.speed['images_per_second'])
+  before = speeds.pop('float32')
+  name = max(speeds, key=speeds.__getitem__)
+  where = f'{run.speed["device"]}, {run.speed["cores"]} cores'
+  return {
+    'title': 'Measured speed',
+    'value': f'{speeds[name] / before:.2f}x',
+    'note': f'of float32 ({name} execution, {run.speed["batch"]} images at a '
+    f'time, {where})',
+    'detail': f'{speeds[name]:,.0f} images per second, float32 {before:,.0f}',
+  }
 
 
 def _points(difference: float) -> str:

@@ -17,6 +17,7 @@ import pathlib
 
 import numpy as np
 
+from djpq_jax import machine
 from djpq_jax.data import decode
 from djpq_jax.data import stored
 from djpq_jax.data.prepare import listing
@@ -174,7 +175,7 @@ def _remove_others(work, paths) -> None:
 def _write_all(layout, paths, threads, progress) -> Records:
   serialize = _serializer(layout)
   records: Records = {split: {} for split in paths}
-  pool = futures.ThreadPoolExecutor(threads or stored.cores(), 'djpq-check')
+  pool = futures.ThreadPoolExecutor(threads or machine.cores(), 'djpq-check')
   try:
     for split, files in paths.items():
       total = sum(map(len, files.values()))
