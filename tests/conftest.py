@@ -6,13 +6,24 @@ counts by float32, and flax norms mix bfloat16 with float32 statistics. Those
 tests carry `pytest.mark.standard_promotion`, or live in a file named below.
 """
 
+import atexit
 import contextlib
 import os
+import shutil
+import tempfile
 
 # Before jax is imported: the parallel tests need several devices on a CPU.
 _FLAG = '--xla_force_host_platform_device_count'
 if _FLAG not in os.environ.get('XLA_FLAGS', ''):
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_FLAG}=4'
+
+# What one test has compiled others find here, those in processes of their own
+# too. The first process to come here makes the folder, and removes it.
+_CACHE = 'JAX_COMPILATION_CACHE_DIR'
+if _CACHE not in os.environ:
+  os.environ[_CACHE] = tempfile.mkdtemp(prefix='djpq-compiled-')
+  os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
+  atexit.register(shutil.rmtree, os.environ[_CACHE], ignore_errors=True)
 
 # These tests are for a CPU; JAX_PLATFORMS=cuda overrides.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
