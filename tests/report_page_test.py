@@ -339,7 +339,7 @@ def test_the_wheel_holds_the_templates():
 def test_measured_speed():
   report = sample_report.make()
   run = report_lib.Run(name='a', report=report)
-  assert 'not measured: djpq report --time does' in page.render([run])
+  assert 'not measured; djpq report --time does it' in page.render([run])
   measured = {
     'images_per_second': {'float32': 2000.0, 'int8': 500.0, 'float': 2500.0},
     'batch': 64,
@@ -348,5 +348,7 @@ def test_measured_speed():
   }
   found = page.render([dataclasses.replace(run, speed=measured)])
   assert '1.25x' in found
-  assert 'of float32 (float execution, 64 images at a time, cpu, 2' in found
-  assert '2,500 images per second, float32 2,000' in found
+  assert (
+    'of float32, 64 images at a time (float execution, cpu, 2 cores)' in found
+  )
+  assert '2,500 images/s, float32 2,000' in found

@@ -103,7 +103,7 @@ def _speed_card(run: Run) -> dict[str, str]:
     return {
       'title': 'Measured speed',
       'value': '–',
-      'note': 'not measured: djpq report --time does',
+      'note': 'not measured; djpq report --time does it',
       'detail': 'BOPs count work, they are no speed.',
     }
   speeds = dict(run.speed['images_per_second'])
@@ -113,9 +113,9 @@ def _speed_card(run: Run) -> dict[str, str]:
   return {
     'title': 'Measured speed',
     'value': f'{speeds[name] / before:.2f}x',
-    'note': f'of float32 ({name} execution, {run.speed["batch"]} images at a '
-    f'time, {where})',
-    'detail': f'{speeds[name]:,.0f} images per second, float32 {before:,.0f}',
+    'note': f'of float32, {run.speed["batch"]} images at a time ({name} '
+    f'execution, {where})',
+    'detail': f'{speeds[name]:,.0f} images/s, float32 {before:,.0f}',
   }
 
 
