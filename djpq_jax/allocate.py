@@ -119,8 +119,8 @@ def check_reachable(model, budget: float, choices=None):
     raise ValueError(
       f'a budget of {100 * budget:.4g} % of the float32 BOPs cannot be '
       'reached: with the fewest bits and channels that the rules allow, '
-      f'{least:.4%} are left; raise the budget, or allow fewer bits or more '
-      'pruning'
+      f'{100 * least:.4g} % are left; raise the budget, or allow fewer bits '
+      'or more pruning'
     )
 
 

@@ -60,7 +60,7 @@ class Controller:
 
   def target(self, step):
     """Relative BOPs aimed at in `step`."""
-    done = jnp.minimum(step / (self.ramp * self.steps), 1.0)
+    done = jnp.minimum(step / max(self.ramp * self.steps, 1.0), 1.0)
     low, high = np.log(self.budget), np.log(max(self.start, self.budget))
     return jnp.exp(high + (low - high) * done)
 

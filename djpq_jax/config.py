@@ -248,7 +248,7 @@ def _converted(now, value, name: str):
 
 
 def _check_range(value: float, name: str) -> None:
-  """No number of a config is negative, and the parts of a whole are below 1."""
+  """No number of a config is negative, and parts of a whole are at most 1."""
   if not 0 <= value < math.inf:
     raise ConfigError(f'{name} takes a number from 0 on, got {value!r}')
   if name.rpartition('.')[2] in PARTS and value > 1:

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import secrets
 
 PARTIAL = '.partial'  # ends the name of what is not complete yet
 
@@ -21,7 +22,9 @@ def replace(path: str | os.PathLike[str], content: str | bytes) -> pathlib.Path:
   if isinstance(content, str):
     content = content.encode()
   # In the same folder, since a rename is atomic within a file system only.
-  partial = path.with_name(path.name + PARTIAL)
+  # And of its own, since others may write the same file.
+  token = f'{os.getpid()}-{secrets.token_hex(4)}'
+  partial = path.with_name(f'{path.name}.{token}{PARTIAL}')
   try:
     partial.write_bytes(content)
     os.replace(partial, path)

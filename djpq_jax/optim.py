@@ -51,6 +51,8 @@ class OptimizerConfig:
       raise ValueError(
         f'learning_rate must be positive, got {self.learning_rate}'
       )
+    if not 0 <= self.momentum < 1:
+      raise ValueError(f'momentum must be from 0 to below 1: {self.momentum}')
 
 
 def split(model) -> tuple[nnx.GraphDef, dict[str, Any], Any]:

@@ -13,7 +13,6 @@ from typing import Any
 from djpq_jax import files
 
 CONFIG = 'config.json'
-CLAIMING = CONFIG + files.PARTIAL
 
 
 class Workdir:
@@ -63,7 +62,7 @@ class Workdir:
 
   def _found(self) -> list[pathlib.Path]:
     """What is there, but for a claim that was cut off."""
-    return [f for f in self.path.iterdir() if f.name != CLAIMING]
+    return [f for f in self.path.iterdir() if not _is_claim(f.name)]
 
   def _config_there(self) -> dict[str, Any]:
     try:
@@ -102,6 +101,10 @@ class Workdir:
       return json.loads((self.path / 'report.json').read_text())
     except (OSError, ValueError):
       return None
+
+
+def _is_claim(name: str) -> bool:
+  return name.startswith(CONFIG) and name.endswith(files.PARTIAL)
 
 
 def _differences(a: dict, b: dict, prefix: str = ''):

@@ -146,7 +146,9 @@ def test_a_budget_out_of_reach_says_how_far_it_goes(choices):
   net = shared('digits_cnn')
   least = allocate.reachable(net, choices)
   half = f'{100 * least / 2:.4g} %'
-  message = f'budget of {half} .*cannot be reached.* {least:.4%} are left'
+  message = (
+    f'budget of {half} .*cannot be reached.* {100 * least:.4g} % are left'
+  )
   for f in (allocate.plan, allocate.check_reachable):
     with pytest.raises(ValueError, match=message):
       f(net, least / 2, choices)

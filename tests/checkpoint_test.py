@@ -22,6 +22,7 @@ from djpq_jax import compress
 from djpq_jax import evaluation
 from djpq_jax import harden
 from djpq_jax import integer
+from djpq_jax import stablehlo
 from djpq_jax.checkpoint import manifest as manifest_lib
 from djpq_jax.checkpoint import packing
 from djpq_jax.checkpoint import program
@@ -144,7 +145,7 @@ def test_manifest_is_readable(saved):
   assert (conv['name'], conv['kept_out'], conv['out_size']) == ('conv', 3, 6)
   assert (conv['weight_bits'], head['weight_bits']) == (3, 12)
   assert conv['bops'] + head['bops'] == manifest['totals']['bops']
-  assert manifest['arrays']['model/head/kernel'].startswith('int12[')
+  assert manifest['arrays']['model/head/kernel'].startswith('packed int12[')
   (mask,) = bytes.fromhex(manifest['plan']['open']['conv'])
   opened = hardened().structure.plan.open['conv']
   assert f'{mask:08b}'[: len(opened)] == ''.join(str(int(o)) for o in opened)
@@ -265,7 +266,7 @@ def test_manifest_without_a_key(artifact, key):
     {'plan': {}},
     {'plan': None},
     {'arrays': {}},
-    {'arrays': {'no/such': 'int3[1]'}},
+    {'arrays': {'no/such': 'packed int3[1]'}},
     {'arrays': {'no/such': 'int3'}},
     {'arrays': ['no/such']},
     {'input_shape': [4]},
@@ -350,11 +351,50 @@ def test_the_program_needs_no_class(saved):
   assert run(images[:3]).shape == (3, tiny.CLASSES)
 
 
+class WithState(tiny.Normed):
+  """Normed with dropout, and with whole numbers of its own."""
+
+  def __init__(self, rngs):
+    super().__init__(rngs)
+    self.drop = nnx.Dropout(0.5, rngs=rngs)
+    self.table = nnx.Variable(jnp.array([70000, -5], jnp.int32))
+    self.flags = nnx.Variable(jnp.array([True, False]))
+
+  def __call__(self, x):
+    y = self.drop(super().__call__(x))
+    return y + self.table[0].astype(jnp.float32) * self.flags[0]
+
+
+def test_states_that_are_no_parameters(tmp_path):
+  sample = tiny.batch(64)['image']
+  net = compress.compress(WithState(nnx.Rngs(0)), (), sample)
+  frozen = compress.freeze(net, tiny.some_plan(net), sample)
+  model = harden.harden(frozen)
+  save(tmp_path / 'artifact', model)
+  images = tiny.split(40).images
+  exact = integer.lower(model, 'simulated')
+  wanted = evaluation.predict(exact, [images])
+  again = load(tmp_path / 'artifact', WithState)
+  assert again.model.table[...].tolist() == [70000, -5]
+  assert again.model.flags[...].tolist() == [True, False]
+  found = evaluation.predict(integer.lower(again, 'simulated'), [images])
+  np.testing.assert_array_equal(found, wanted)
+  run = checkpoint.load_program(tmp_path / 'artifact')
+  np.testing.assert_array_equal(run(images), wanted)
+
+
+def test_a_program_does_not_say_where_it_was_made(saved):
+  content = lzma.decompress((saved / 'program.xz').read_bytes())
+  assert b'.py' not in content
+
+
 def test_a_program_that_calls_what_it_should_not():
   def calls_lapack(arrays, images):
     return jnp.linalg.cholesky(images)
 
   shape = jax.ShapeDtypeStruct((2, 2), jnp.float32)
+  with pytest.raises(stablehlo.NotExportable, match='lapack_spotrf'):
+    stablehlo.export(calls_lapack, {}, shape)
   exported = jax.export.export(jax.jit(calls_lapack))({}, shape)
   content = lzma.compress(bytes(exported.serialize()))
   with pytest.raises(ValueError, match='it calls lapack_spotrf_ffi'):
@@ -377,7 +417,7 @@ def test_a_model_without_a_program(tmp_path, monkeypatch):
   monkeypatch.setattr(jax.export, 'export', fail)
   save(tmp_path / 'artifact')
   load(tmp_path / 'artifact')
-  message = 'has no program: it cannot be traced .*: only whole numbers$'
+  message = 'has no program: it cannot be traced: .*: only whole numbers$'
   with pytest.raises(checkpoint.ArtifactError, match=message):
     checkpoint.load_program(tmp_path / 'artifact')
 

@@ -18,12 +18,16 @@ if _FLAG not in os.environ.get('XLA_FLAGS', ''):
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_FLAG}=4'
 
 # What one test has compiled others find here, those in processes of their own
-# too. The first process to come here makes the folder, and removes it.
-_CACHE = 'JAX_COMPILATION_CACHE_DIR'
-if _CACHE not in os.environ:
-  os.environ[_CACHE] = tempfile.mkdtemp(prefix='djpq-compiled-')
-  os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
-  atexit.register(shutil.rmtree, os.environ[_CACHE], ignore_errors=True)
+# too; each worker has its folder, since JAX writes into it without a lock. The
+# first process to come here makes it, and removes it.
+_COMPILED = 'DJPQ_TESTS_COMPILED'
+if _COMPILED not in os.environ:
+  os.environ[_COMPILED] = tempfile.mkdtemp(prefix='djpq-compiled-')
+  atexit.register(shutil.rmtree, os.environ[_COMPILED], ignore_errors=True)
+os.environ['JAX_COMPILATION_CACHE_DIR'] = os.path.join(
+  os.environ[_COMPILED], os.environ.get('PYTEST_XDIST_WORKER', 'main')
+)
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 
 # These tests are for a CPU; JAX_PLATFORMS=cuda overrides.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')

@@ -16,6 +16,7 @@ import tiny
 from djpq_jax import compress
 from djpq_jax import export
 from djpq_jax import harden
+from djpq_jax import stablehlo
 from djpq_jax.export import folding
 from djpq_jax.export import onnx_file
 from djpq_jax.export import stablehlo_file
@@ -167,7 +168,7 @@ def test_stablehlo_computes_what_the_model_does(name, tmp_path):
   found = written(build(name), tmp_path, format='stablehlo', facts=facts)
   assert found.deviation.fault(strict=True) == ''
   loaded = stablehlo_file.Loaded(found.path)
-  assert loaded.program.platforms == stablehlo_file.PLATFORMS
+  assert loaded.program.platforms == stablehlo.PLATFORMS
   assert '8x' not in str(loaded.program.in_avals[0].shape[0])
   stated = json.loads(stablehlo_file.manifest_path(found.path).read_text())
   assert stated == {

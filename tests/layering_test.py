@@ -35,6 +35,7 @@ class Row(NamedTuple):
 TABLE = (
   # Small helpers: packages that may be missing, whole files, looks inside.
   Row('packages files taps machine', '', ''),
+  Row('stablehlo', '', 'jax'),
   Row('ops', '', 'jax'),
   Row('cost', '', 'jax'),
   Row('config', '', 'ml_collections'),
@@ -57,7 +58,7 @@ TABLE = (
   # Rebuilds a hardened model from a file, with what harden built it from.
   Row(
     'checkpoint',
-    'ops cost graph layers compress harden integer files',
+    'ops cost graph layers compress harden integer files stablehlo',
     'jax numpy flax.nnx orbax',
   ),
   Row(
@@ -72,7 +73,7 @@ TABLE = (
   # It runs the model and the file, so it stands after evaluation.
   Row(
     'export',
-    'ops compress harden integer evaluation packages files machine',
+    'ops compress harden integer evaluation packages files machine stablehlo',
     'jax numpy flax.nnx',
   ),
   Row('train', 'ABOVE', 'jax numpy optax flax.nnx chex orbax'),

@@ -264,7 +264,7 @@ def test_claiming_a_workdir(config, tmp_path):
 
 def test_a_claim_that_was_cut_off(config, tmp_path):
   work = workdir_lib.Workdir(tmp_path, config)
-  (tmp_path / 'config.json.partial').write_text('{"seed"')
+  (tmp_path / 'config.json.7-0a.partial').write_text('{"seed"')
   work.check()
   work.claim()
   assert [f.name for f in tmp_path.iterdir()] == ['config.json']

@@ -9,7 +9,9 @@ A folder::
       program.xz      what computes with them, as StableHLO
 
 `load` gives the model, if its Python class is at hand; it takes JSON and
-numbers alone. `load_program` needs no class. Neither executes anything.
+numbers alone.  `load_program` needs no class.  Nothing of the files runs before
+a program is called, and then it is XLA's operations alone.  JAX promises to
+read a program for six months; arrays and manifest do not age.
 """
 
 from collections.abc import Mapping
@@ -66,7 +68,8 @@ def save(
     folder: where to.
     model: what to write.
     rows: its count, from `harden.count`.
-    model_spec: {'name', 'kwargs'} for `models.create` of the dense model.
+    model_spec: {'name', 'kwargs'} of the dense model: for `models.create`, or
+      any other name, by which people know a class of their own.
     input_shape: of one example, as (8, 8, 1).
     more: further JSON-ready facts for the manifest, as accuracy.
   """
@@ -75,12 +78,15 @@ def save(
   parts: dict[str, list[np.ndarray]] = {}
   entries: dict[str, str] = {}
   bits = {row.name: row.weight_bits for row in rows}
+  stored = program_lib.names(model)
   for key, variable in nnx.to_flat_state(nnx.state(model)):
     name = '/'.join(map(str, key))
+    if name not in stored:
+      continue
     value = np.asarray(variable[...])
     if isinstance(variable, layers.IntegerParam):
       width = bits[name.removeprefix('model/').removesuffix('/kernel')]
-      entries[name] = manifest_lib.spec(f'int{width}', value.shape)
+      entries[name] = manifest_lib.spec(f'{PACKED} int{width}', value.shape)
       parts.setdefault(PACKED, []).append(packing.pack(value, width))
     else:
       entries[name] = manifest_lib.spec(str(value.dtype), value.shape)
@@ -185,7 +191,9 @@ def load_program(folder) -> program_lib.Program:
     return program_lib.Program(path.read_bytes(), values)
   except Exception as error:  # of many kinds, for what may be in such a file
     raise ArtifactError(
-      f'the program of {folder} cannot be read: {_first_line(error)}'
+      f'the program of {folder}, written with jax '
+      f'{manifest["provenance"].get("jax")}, cannot be read: '
+      f'{_first_line(error)}'
     ) from error
 
 
@@ -210,12 +218,13 @@ def _unpacked(specs, arrays) -> dict[str, np.ndarray]:
   for name, text in specs.items():
     dtype, shape = manifest_lib.read_spec(text)
     size = int(np.prod(shape))
-    bits = int(dtype.removeprefix('int')) if dtype.startswith('int') else 0
-    kind = PACKED if bits else dtype
-    size = -(-size * bits // 8) if bits else size
+    packed = dtype.startswith(PACKED)
+    bits = int(dtype.removeprefix(f'{PACKED} int')) if packed else 0
+    kind = PACKED if packed else dtype
+    size = -(-size * bits // 8) if packed else size
     value = arrays[kind][done[kind] : done[kind] + size]
     done[kind] += size
-    if bits:
+    if packed:
       values[name] = packing.unpack(value, bits, shape)
     else:
       values[name] = value.reshape(shape)
@@ -225,7 +234,14 @@ def _unpacked(specs, arrays) -> dict[str, np.ndarray]:
 def _filled(model, values) -> harden.HardenedModel:
   """The model with arrays in place of shapes."""
   graphdef, state = nnx.split(model)
-  flat = [('/'.join(map(str, k)), k, v) for k, v in nnx.to_flat_state(state)]
+  whole = nnx.to_flat_state(state)
+  # Predictions draw nothing, so any states of generators will do.
+  noise = [(k, _some(v)) for k, v in whole if isinstance(v, nnx.RngState)]
+  flat = [
+    ('/'.join(map(str, k)), k, v)
+    for k, v in whole
+    if not isinstance(v, nnx.RngState)
+  ]
   different = {name for name, _, _ in flat} ^ values.keys()
   different |= {
     name
@@ -233,11 +249,23 @@ def _filled(model, values) -> harden.HardenedModel:
     # A step or a scale has no shape before it is read.
     if name in values and not isinstance(variable, harden.Constant)
     if variable.shape != values[name].shape
+    # The kernel of a layer is float in the dense model.
+    or (
+      not isinstance(variable, layers.IntegerParam)
+      and variable.dtype != values[name].dtype
+    )
   }
   if different:
     raise ValueError(f'they differ in {", ".join(sorted(different)[:3])}')
   filled = [(key, jnp.asarray(values[name])) for name, key, _ in flat]
-  return nnx.merge(graphdef, nnx.from_flat_state(filled))
+  return nnx.merge(graphdef, nnx.from_flat_state([*filled, *noise]))
+
+
+def _some(variable):
+  """A value for the count or the key of a random generator."""
+  if jnp.issubdtype(variable.dtype, jax.dtypes.prng_key):
+    return jax.random.key(0)
+  return jnp.zeros(variable.shape, variable.dtype)
 
 
 def _first_line(error: Exception) -> str:
@@ -303,5 +331,5 @@ def _skeleton(manifest, dense) -> harden.HardenedModel:
 
 def size_bytes(folder) -> int:
   """Bytes of all files of an artifact."""
-  files = pathlib.Path(folder).rglob('*')
-  return sum(f.stat().st_size for f in files if f.is_file())
+  found = pathlib.Path(folder).rglob('*')
+  return sum(f.stat().st_size for f in found if f.is_file())

@@ -51,6 +51,9 @@ def read_manifest(folder) -> dict[str, Any]:
   missing = sorted(KEYS - manifest.keys())
   if missing:
     raise ArtifactError(f'{path} is damaged: it lacks {", ".join(missing)}')
+  model = manifest['model']
+  if not isinstance(model, dict) or not isinstance(model.get('name'), str):
+    raise ArtifactError(f'{path} is damaged: its model has no name')
   return manifest
 
 
@@ -87,10 +90,10 @@ def content_hash(manifest: Mapping[str, Any], folder: pathlib.Path) -> str:
 
 
 def spec(dtype: str, shape) -> str:
-  """An array as the manifest says it; whole numbers by their packed bits.
+  """An array as the manifest says it.
 
-  >>> spec('int3', (3, 3, 16, 32))
-  'int3[3,3,16,32]'
+  >>> spec('packed int3', (3, 3, 16, 32))
+  'packed int3[3,3,16,32]'
   """
   return f'{dtype}[{",".join(map(str, shape))}]'
 

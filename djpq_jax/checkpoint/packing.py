@@ -26,6 +26,8 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
 def unpack(packed: np.ndarray, bits: int, shape) -> np.ndarray:
   """Undoes `pack`: int8 (int16 above 8 bits) of `shape`."""
   size = int(np.prod(shape))
+  if packed.size != -(-size * bits // 8):
+    raise ValueError(f'{packed.size} bytes do not hold {size} x {bits} bits')
   flat = np.unpackbits(packed, count=size * bits, bitorder='little')
   digits = flat.reshape(size, bits).astype(np.int64)
   values = (digits << np.arange(bits)).sum(axis=1) - 2 ** (bits - 1)

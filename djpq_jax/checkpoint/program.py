@@ -5,7 +5,6 @@ It takes the arrays as arguments, so that they are stored once.
 
 from collections.abc import Mapping
 import lzma
-import re
 
 from flax import nnx
 import jax
@@ -16,12 +15,10 @@ import numpy as np
 from djpq_jax import compress
 from djpq_jax import harden
 from djpq_jax import integer
+from djpq_jax import stablehlo
 
 FILE_NAME = 'program.xz'
-PLATFORMS = ('cpu', 'cuda', 'tpu')
 LARGEST = 2**28  # bytes of a program, to stop at what was made to fill memory
-# All that a program of ours may call; other custom calls can do anything.
-CALLS = {'shape_assertion'}
 
 
 def serialized(
@@ -53,22 +50,23 @@ def serialized(
     name: jax.ShapeDtypeStruct(values[name].shape, values[name].dtype)
     for name in stored
   }
-  (batch,) = jax.export.symbolic_shape('batch')
-  images = jax.ShapeDtypeStruct((batch, *input_shape), jnp.float32)
   try:
-    exported = jax.export.export(jax.jit(predict), platforms=PLATFORMS)(
-      arrays, images
+    exported = stablehlo.export(
+      predict, arrays, stablehlo.images(input_shape, None)
     )
-  except Exception as error:  # of many kinds, from the model's own code
-    first = (str(error).splitlines() or [''])[0]
-    return None, f'it cannot be traced for any batch: {first:.200}'
+  except stablehlo.NotExportable as error:
+    return None, str(error)
   return lzma.compress(bytes(exported.serialize())), ''
 
 
 def names(model: harden.HardenedModel) -> set[str]:
-  """Names of the arrays that an artifact stores."""
+  """Names of the arrays that an artifact stores: no states of dropout."""
   flat = nnx.to_flat_state(nnx.state(model))
-  return {'/'.join(map(str, key)) for key, _ in flat}
+  return {
+    '/'.join(map(str, key))
+    for key, variable in flat
+    if not isinstance(variable, nnx.RngState)
+  }
 
 
 class Program:
@@ -83,13 +81,12 @@ class Program:
   """
 
   def __init__(self, content: bytes, arrays: Mapping[str, np.ndarray]):
-    plain = lzma.LZMADecompressor().decompress(content, LARGEST)
+    unpacking = lzma.LZMADecompressor(memlimit=LARGEST)
+    plain = unpacking.decompress(content, LARGEST)
+    if not unpacking.eof:
+      raise ValueError('it is truncated, or too long')
     exported = jax.export.deserialize(bytearray(plain))
-    text = exported.mlir_module()
-    calls = set(re.findall(r'custom_call @"?([^"(]+)', text))
-    calls |= set(re.findall(r'call_target_name = "([^"]*)"', text))
-    if calls - CALLS:
-      raise ValueError(f'it calls {", ".join(sorted(calls - CALLS))}')
+    stablehlo.check(exported)
     self._arrays = {name: jnp.asarray(value) for name, value in arrays.items()}
     self._call = jax.jit(exported.call)
 

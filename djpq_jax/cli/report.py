@@ -62,21 +62,21 @@ def _run(args) -> None:
   runs = []
   for folder, name, report in zip(folders, _names(folders), reports):
     weights, problem = None, ''
-    if args.time:
-      _measure_speed(folder, report)
     try:
+      if args.time:
+        _measure_speed(folder, report)
       weights = _weights(folder / report['artifact'])
     except ValueError as error:
       # The page is worth having without them, and says so.
       problem = f'The artifact could not be read: {error}'
-      print(f'{name}: without the distribution of weights: {error}')
+      print(f'{name}: without what needs the artifact: {error}')
     runs.append(
       report_lib.Run(
         name=name,
         report=report,
         weights=weights,
         why_no_weights=problem,
-        speed=_read_speed(folder / SPEED),
+        speed=_read_speed(folder, report),
       )
     )
   print(f'report    {report_lib.write_page(runs, out)}')
@@ -101,14 +101,14 @@ def _measure_speed(folder: pathlib.Path, report: dict) -> None:
   files.replace(folder / SPEED, json.dumps(measured, indent=1) + '\n')
 
 
-def _read_speed(path: pathlib.Path):
-  """What was measured of a run, or None."""
+def _read_speed(folder: pathlib.Path, report: dict):
+  """What was measured of a run's artifact; None if that is not there."""
   try:
-    return json.loads(path.read_text(encoding='utf-8'))
-  except FileNotFoundError:
+    measured = json.loads((folder / SPEED).read_text(encoding='utf-8'))
+    manifest = checkpoint.read_manifest(folder / report['artifact'])
+    return measured if measured['artifact'] == manifest['sha256'] else None
+  except (OSError, ValueError, LookupError, TypeError):
     return None
-  except ValueError:
-    raise ValueError(f'{path} is truncated: --time measures again') from None
 
 
 def _folders(run: pathlib.Path) -> list[pathlib.Path]:

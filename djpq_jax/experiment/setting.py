@@ -151,6 +151,8 @@ def prepare(config, progress: Progress | None = None) -> Run:
     )
   for phase in (config.float, config.search, config.finetune):
     optim.OptimizerConfig(**phase.optimizer)  # checks itself
+    if not phase.get('temperature', 1) > 0:
+      raise ValueError('the temperature of a teacher must be above 0')
   _check_step(config)
   metrics.check(tensorboard=config.tensorboard)
   train_split, test_split = data.load(

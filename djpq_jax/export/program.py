@@ -18,9 +18,8 @@ import numpy as np
 
 from djpq_jax import compress
 from djpq_jax import harden
+from djpq_jax import stablehlo
 from djpq_jax.ops import quantize
-
-BATCH = 'batch'  # the name of a batch dimension that is left open
 
 input_p = jex_core.Primitive('djpq_input')
 kernel_p = jex_core.Primitive('djpq_kernel')
@@ -136,12 +135,7 @@ def trace(
 
 def shape(input_shape, batch: int | None):
   """Shape of a batch of examples; its first dimension may be symbolic."""
-  if batch is None:
-    (first,) = jax.export.symbolic_shape(BATCH)
-    return (first, *input_shape)
-  if batch < 1:
-    raise ValueError(f'a batch has at least one example, not {batch}')
-  return (batch, *input_shape)
+  return stablehlo.images(input_shape, batch).shape
 
 
 def _grid(act: harden.FixedQuantizer, path: str) -> Grid:

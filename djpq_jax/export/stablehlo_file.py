@@ -12,9 +12,7 @@ import numpy as np
 from djpq_jax import compress
 from djpq_jax import files
 from djpq_jax import harden
-from djpq_jax.export import program
-
-PLATFORMS = ('cpu', 'cuda', 'tpu')
+from djpq_jax import stablehlo
 
 
 def exported(
@@ -28,27 +26,18 @@ def exported(
     batch: examples of a call, or None for any number.
 
   Raises:
-    ValueError: the model cannot be traced with a batch that is open.
+    ValueError: the model cannot be traced, or not for any batch.
   """
   view = compress.eval_view(model)
 
-  @jax.jit
   def predict(images):
     return view(images).astype(jnp.float32)
 
-  shape = program.shape(input_shape, batch)
   try:
-    return jax.export.export(predict, platforms=PLATFORMS)(
-      jax.ShapeDtypeStruct(shape, jnp.float32)
-    )
-  except Exception as error:
-    if batch is not None:
-      raise
-    first = (str(error).splitlines() or [''])[0]
-    raise ValueError(
-      'the model cannot be traced with an open batch, a fixed one may do: '
-      f'{type(error).__name__}: {first}'
-    ) from error
+    return stablehlo.export(predict, stablehlo.images(input_shape, batch))
+  except stablehlo.NotExportable as error:
+    hint = '' if batch else '; with a fixed batch it may do'
+    raise ValueError(f'the model has no StableHLO: {error}{hint}') from error
 
 
 def manifest_path(path) -> pathlib.Path:

@@ -53,7 +53,7 @@ class Gate(nnx.Module):
       return jnp.ones((self.size,), bool)
     score = jax.lax.stop_gradient(self.log_alpha())
     floor = jax.lax.top_k(score, min(self.min_open, self.size))[0][-1]
-    return score >= jnp.minimum(floor, threshold)
+    return (score > threshold) | (score >= floor)
 
   def kl(self):
     """KL of the gates to their scale-free prior, per group [VIBNet]."""
