@@ -92,6 +92,8 @@ class Workdir:
           path.unlink()
     if self.claimed and not overwrite:
       return
+    for path in self.path.glob(f'{CONFIG}.*{files.PARTIAL}'):
+      path.unlink()  # a claim that was cut off
     content = json.dumps(self.config, indent=1) + '\n'
     files.replace(self.path / CONFIG, content)
 
