@@ -62,7 +62,12 @@ class Workdir:
 
   def _found(self) -> list[pathlib.Path]:
     """What is there, but for a claim that was cut off."""
-    return [f for f in self.path.iterdir() if not _is_claim(f.name)]
+    claims = self._claims()
+    return [f for f in self.path.iterdir() if f not in claims]
+
+  def _claims(self) -> list[pathlib.Path]:
+    """Claims that were cut off."""
+    return list(self.path.glob(f'{CONFIG}.*{files.PARTIAL}'))
 
   def _config_there(self) -> dict[str, Any]:
     try:
@@ -92,8 +97,8 @@ class Workdir:
           path.unlink()
     if self.claimed and not overwrite:
       return
-    for path in self.path.glob(f'{CONFIG}.*{files.PARTIAL}'):
-      path.unlink()  # a claim that was cut off
+    for path in self._claims():
+      path.unlink()
     content = json.dumps(self.config, indent=1) + '\n'
     files.replace(self.path / CONFIG, content)
 
@@ -103,10 +108,6 @@ class Workdir:
       return json.loads((self.path / 'report.json').read_text())
     except (OSError, ValueError):
       return None
-
-
-def _is_claim(name: str) -> bool:
-  return name.startswith(CONFIG) and name.endswith(files.PARTIAL)
 
 
 def _differences(a: dict, b: dict, prefix: str = ''):

@@ -100,3 +100,12 @@ def test_the_strength_is_a_constant_to_the_gradient():
 def test_a_budget_is_a_fraction(bad):
   with pytest.raises(ValueError, match='fraction of the float32 BOPs'):
     _controller(budget=bad)
+
+
+def test_without_a_ramp_the_target_is_the_budget_at_once():
+  controller = _controller(ramp=0.0)
+  control = controller.init()
+  for step in range(3):
+    strength, control = controller.update(control, jnp.int32(step), 0.01)
+    assert jnp.isfinite(strength)
+  np.testing.assert_allclose(controller.target(1), 0.002, rtol=1e-5)

@@ -240,6 +240,10 @@ def test_report_measures_speed(finished, tmp_path, capsys):
   (run / 'speed.json').write_text('{')
   assert cli.main(['report', str(run)]) == 0
   assert 'not measured' in (run / 'report.html').read_text()
+  assert 'speed.json is damaged: --time measures' in capsys.readouterr().out
+  (run / 'speed.json').write_text(json.dumps(measured | {'artifact': 'x'}))
+  assert cli.main(['report', str(run)]) == 0
+  assert 'speed.json is of another artifact' in capsys.readouterr().out
 
 
 def test_report_compares_runs(finished, tmp_path, capsys, monkeypatch):

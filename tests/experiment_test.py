@@ -163,6 +163,10 @@ def test_without_training_and_budget(config, tmp_path):
     ({'batch_size': 97}, r'batch_size must be in 1\.\.96'),
     ({'batch_size': 0}, r'batch_size must be in 1\.\.96'),
     ({'augment': {'shift': -1}}, 'augment.shift takes a number from 0 on'),
+    (
+      {'finetune': {'temperature': 0.0}},
+      'finetune.temperature must be above 0',
+    ),
     ({'seed': -1}, 'seed takes a number from 0 on'),
   ],
   ids=lambda value: str(value)[:40] if isinstance(value, dict) else '',

@@ -10,13 +10,12 @@ import numpy as np
 
 from djpq_jax import checkpoint
 from djpq_jax import compress
-from djpq_jax import experiment
 from djpq_jax import files
 from djpq_jax import harden
 from djpq_jax import machine
 from djpq_jax import models
 from djpq_jax import report as report_lib
-from djpq_jax import speed
+from djpq_jax import speed as speed_lib
 from djpq_jax import workdir
 from djpq_jax.cli import artifacts
 from djpq_jax.cli import sweep
@@ -61,11 +60,14 @@ def _run(args) -> None:
   reports = [_read(folder) for folder in folders]
   runs = []
   for folder, name, report in zip(folders, _names(folders), reports):
-    weights, problem = None, ''
+    weights, speed, problem = None, None, ''
     try:
+      manifest = checkpoint.read_manifest(folder / report['artifact'])
+      model = artifacts.load_model(folder / report['artifact'])
+      weights = _weights(manifest, model)
       if args.time:
-        _measure_speed(folder, report)
-      weights = _weights(folder / report['artifact'])
+        _measure_speed(folder, manifest, model)
+      speed = _read_speed(folder, manifest)
     except ValueError as error:
       # The page is worth having without them, and says so.
       problem = f'The artifact could not be read: {error}'
@@ -76,39 +78,43 @@ def _run(args) -> None:
         report=report,
         weights=weights,
         why_no_weights=problem,
-        speed=_read_speed(folder, report),
+        speed=speed,
       )
     )
   print(f'report    {report_lib.write_page(runs, out)}')
 
 
-def _measure_speed(folder: pathlib.Path, report: dict) -> None:
+def _measure_speed(folder: pathlib.Path, manifest: dict, hardened) -> None:
   """Times the dense and the hardened model of a run in turn."""
-  artifact = folder / report['artifact']
-  spec = checkpoint.read_manifest(artifact)['model']
-  hardened = artifacts.load_model(artifact)
+  spec = manifest['model']
   dense: Any = models.create(spec['name'], **spec['kwargs'])
   x = np.random.default_rng(0).standard_normal(
     (TIMED_IMAGES, *dense.input_shape), np.float32
   )
   measured = {
-    'images_per_second': speed.images_per_second(dense, hardened, x),
+    'images_per_second': speed_lib.images_per_second(dense, hardened, x),
     'batch': TIMED_IMAGES,
     'device': jax.devices()[0].device_kind,
     'cores': machine.cores(),
-    'artifact': checkpoint.read_manifest(artifact)['sha256'],
+    'artifact': manifest['sha256'],
   }
   files.replace(folder / SPEED, json.dumps(measured, indent=1) + '\n')
 
 
-def _read_speed(folder: pathlib.Path, report: dict):
+def _read_speed(folder: pathlib.Path, manifest: dict) -> dict | None:
   """What was measured of a run's artifact; None if that is not there."""
-  try:
-    measured = json.loads((folder / SPEED).read_text(encoding='utf-8'))
-    manifest = checkpoint.read_manifest(folder / report['artifact'])
-    return measured if measured['artifact'] == manifest['sha256'] else None
-  except (OSError, ValueError, LookupError, TypeError):
+  path = folder / SPEED
+  if not path.exists():
     return None
+  try:
+    measured = json.loads(path.read_text(encoding='utf-8'))
+    if measured['artifact'] == manifest['sha256']:
+      return measured
+    problem = 'is of another artifact'
+  except (ValueError, LookupError, TypeError):
+    problem = 'is damaged'
+  print(f'{path} {problem}: --time measures again')
+  return None
 
 
 def _folders(run: pathlib.Path) -> list[pathlib.Path]:
@@ -159,11 +165,9 @@ def _names(folders: Sequence[pathlib.Path]) -> list[str]:
   return [str(folder) for folder in folders]
 
 
-def _weights(artifact: pathlib.Path) -> dict[str, report_lib.Weights]:
+def _weights(manifest: dict, model) -> dict[str, report_lib.Weights]:
   """The integers of each kernel by their levels, from the files alone."""
-  rows = checkpoint.read_manifest(artifact)['layers']
-  bits = {row['name']: row['weight_bits'] for row in rows}
-  model = experiment.load_artifact(artifact)
+  bits = {row['name']: row['weight_bits'] for row in manifest['layers']}
   return {
     path: report_lib.count_weights(
       np.asarray(layer.kernel[...]),

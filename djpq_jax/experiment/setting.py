@@ -149,10 +149,13 @@ def prepare(config, progress: Progress | None = None) -> Run:
       'method two_stage needs a budget, and two_stage_macs between 0 and 1; '
       f'got {config.budget} and {macs}'
     )
-  for phase in (config.float, config.search, config.finetune):
+  for name in ('float', 'search', 'finetune'):
+    phase = config[name]
     optim.OptimizerConfig(**phase.optimizer)  # checks itself
     if not phase.get('temperature', 1) > 0:
-      raise ValueError('the temperature of a teacher must be above 0')
+      raise ValueError(
+        f'{name}.temperature must be above 0, got {phase.temperature}'
+      )
   _check_step(config)
   metrics.check(tensorboard=config.tensorboard)
   train_split, test_split = data.load(
