@@ -128,6 +128,8 @@ def test_runs_are_tabs(opened, pages):
   tab.get_by_role('tab', name='a').press('ArrowRight')
   assert shown.locator('h2').inner_text() == 'b'
   tab.get_by_role('link', name='c').click()
+  # The page follows its address by an event that comes after the click.
+  tab.get_by_role('tab', name='c', selected=True).wait_for()
   assert shown.locator('h2').inner_text() == 'c'
   assert tab.get_by_role('tab', selected=True).inner_text() == 'c'
   tab.emulate_media(media='print')
