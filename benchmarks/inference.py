@@ -1,4 +1,4 @@
-r"""Speed of a hardened model: float32 beside its three executions, in one run.
+r"""Speed of a hardened model beside float32, in JAX and in ONNX Runtime.
 
     python benchmarks/inference.py --models resnet20 mobilenet_v2 resnet18 \\
         --batches 1 64 --out benchmarks/results/inference.json
@@ -7,22 +7,26 @@ Weights are random, and every layer has `--bits`; `--keep` is the share of
 channels that stay in every group that may be pruned.  'float32' is the dense
 model.  Rounds take turns, so that a busy machine slows all of them; besides the
 median of the wall clock there is the least CPU time of the process, which other
-processes disturb less.  Every execution's accumulators are compared on the way.
-`--layers` adds the time of each layer alone.
+processes disturb less.  Every execution's accumulators are compared on the way,
+and every ONNX file's logits with the model's.  `--layers` adds the time of each
+layer alone.
 """
 
 import argparse
 import json
 import os
 import pathlib
+import tempfile
 
 import compare
 from flax import nnx
 import jax
 import numpy as np
+import onnxruntime
 
 from djpq_jax import allocate
 from djpq_jax import compress
+from djpq_jax import export
 from djpq_jax import harden
 from djpq_jax import integer
 from djpq_jax import models
@@ -44,6 +48,40 @@ def prepare(name: str, kwargs: dict, bits, keep: float):
     open=masks, weight_bits=plan.weight_bits, act_bits=plan.act_bits
   )
   return model, harden.harden(compress.freeze(net, plan, x))
+
+
+def hardened_float(model):
+  """The dense model in the form that can be exported."""
+  x = np.zeros((2, *model.input_shape), np.float32)
+  rule = compress.Rule(pattern='*', prune=False, quantize=False)
+  plan = compress.Plan(open={}, weight_bits={}, act_bits={})
+  net = compress.compress(model, [rule], x)
+  return harden.harden(compress.freeze(net, plan, x))
+
+
+def onnx_run(model, x, form: str, folder: pathlib.Path):
+  """Exports a hardened model; returns a run of it, and what was found.
+
+  Returns:
+    A function that runs `x` in ONNX Runtime, on as many threads as there are
+    cores; and JSON-ready facts about the file.
+  """
+  path = folder / 'model.onnx'
+  done = export.export(model, path, x, format='onnx', batch=len(x), form=form)
+  options = onnxruntime.SessionOptions()
+  options.intra_op_num_threads = len(os.sched_getaffinity(0))
+  session = onnxruntime.InferenceSession(
+    path, options, providers=['CPUExecutionProvider']
+  )
+  feed = {session.get_inputs()[0].name: x}
+  facts = {
+    'bytes': path.stat().st_size,
+    'images': done.deviation.images,
+    'predictions_that_differ': done.deviation.predictions,
+    'largest_difference_in_steps': done.deviation.steps,
+    'operators': dict(done.operators),
+  }
+  return lambda: session.run(None, feed), facts
 
 
 def measure(runs: dict, rounds: int) -> dict:
@@ -71,7 +109,15 @@ def compare_executions(dense, hardened, x, rounds: int) -> dict:
   runs, compile_seconds = {}, {}
   for name, model in contestants.items():
     runs[name], compile_seconds[name] = speed.compiled(model, x)
-  # Runs of other engines join `runs` here.
+  files = {}
+  engines = {
+    'onnxruntime float32': (hardened_float(dense), 'qdq'),
+    'onnxruntime qdq': (hardened, 'qdq'),
+    'onnxruntime integer': (hardened, 'integer'),
+  }
+  with tempfile.TemporaryDirectory() as folder:
+    for name, (model, form) in engines.items():
+      runs[name], files[name] = onnx_run(model, x, form, pathlib.Path(folder))
   rows = measure(runs, rounds)
   for name, row in rows.items():
     for unit in ('median_ms', 'least_cpu_ms'):
@@ -80,6 +126,8 @@ def compare_executions(dense, hardened, x, rounds: int) -> dict:
       )
     if name in compile_seconds:
       row['compile_seconds'] = round(compile_seconds[name], 1)
+    else:
+      row |= files[name]
   return {'accumulators_agree': agree(executed, x), 'rows': rows}
 
 

@@ -25,7 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 # Fields that say how much of a whole.
-PARTS = ('ramp', 'warmup', 'distill', 'smoothing')
+PARTS = ('ramp', 'warmup', 'distill', 'smoothing', 'validation')
 
 
 class ConfigError(ValueError):
@@ -85,6 +85,9 @@ def default() -> ml_collections.ConfigDict:
         'optimizer': _optimizer(),
       },
       'license': '',  # of the weights, as 'CC-BY-4.0'; goes into the artifact
+      'evaluate_every': 0.0,  # epochs between looks at accuracy; 0: none
+      'validation': 0.0,  # part of the training images to look at, not test
+      'keep_best': False,  # of those looks, not the last; needs validation
       'checkpoint_every': 500,  # steps; 0 for only at the end of a phase
       'tensorboard': False,  # event files beside metrics.jsonl
       'statistics_batches': 16,  # batch norm is re-estimated on these

@@ -19,6 +19,7 @@ DIGITS_TEST_SHA256 = (
   'e6632efe2668497eccdaf87818cc370a1da0473cec743ecd498369ac8e94a6ef'
 )
 SOURCES = {'digits', 'cifar10', 'synthetic', 'imagenet', 'folder'}
+HELD_OUT = [0, 2, 9]
 STREAM = [[8, 4, 3], [6, 2, 1], [0, 5, 7]]
 
 
@@ -162,6 +163,26 @@ class LoadTest(parameterized.TestCase):
     np.testing.assert_allclose(
       pixels.mean((0, 1, 2)), [0.04, 0.13, 0.2], atol=0.01
     )
+
+
+class HoldOutTest(parameterized.TestCase):
+  def test_parts_make_up_the_split(self):
+    rest, held = data.hold_out(numbered(), 0.3)
+    self.assertLen(held, 3)
+    both = [*rest.labels, *held.labels]
+    self.assertCountEqual(both, range(10))
+    for part in (rest, held):
+      self.assertSequenceEqual(list(part.labels), sorted(part.labels))
+      np.testing.assert_array_equal(part.images[:, 0, 0, 0], part.labels)
+
+  def test_never_changes(self):
+    _, held = data.hold_out(numbered(), 0.3)
+    self.assertEqual(held.labels.tolist(), HELD_OUT)
+
+  @parameterized.parameters(0.01, 0.99)
+  def test_refuses_an_empty_part(self, share):
+    with self.assertRaisesRegex(ValueError, '10 images would hold out'):
+      data.hold_out(numbered(), share)
 
 
 class TrainBatchTest(parameterized.TestCase):

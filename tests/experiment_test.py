@@ -14,6 +14,7 @@ from djpq_jax import evaluation
 from djpq_jax import experiment
 from djpq_jax import models
 from djpq_jax import train
+from djpq_jax.experiment import running
 
 # They run whole training loops.
 pytestmark = [
@@ -52,6 +53,43 @@ def check_report(report, workdir):
   reloaded = experiment.load_artifact(folder)
   _, test = tiny.source()
   assert report['accuracy'] == evaluation.evaluate(reloaded, test)
+
+
+@pytest.mark.parametrize('saved', [True, False])
+def test_keep_best_ends_with_the_best_look(
+  config, tmp_path, monkeypatch, saved
+):
+  """Of a float training: after 1 of 2 epochs, or after both of them."""
+  config = untrained(
+    config,
+    method='float',
+    float={'epochs': 2.0},
+    evaluate_every=1.0,
+    validation=0.2,
+    keep_best=True,
+  )
+  looks: list[float] = []
+  seen = []
+
+  def accuracy_of(_):
+    def accuracy(state):
+      seen.append(nnx.to_pure_dict(nnx.state(train.model_of(state), nnx.Param)))
+      return looks[len(seen) % 2 - 1]
+
+    return accuracy
+
+  monkeypatch.setattr(running, 'accuracy_of', accuracy_of)
+  for looks, best in (([0.5, 0.4], 0), ([0.4, 0.5], 1)):
+    seen.clear()
+    if saved:
+      report = experiment.run(config, tmp_path / f'{best}')
+      found = experiment.load_artifact(tmp_path / f'{best}' / 'artifact')
+      found = found.model
+      assert report['history'][-1]['eval_accuracy'] == looks[-1]
+    else:
+      found, _ = experiment.float_model(config)
+    found = nnx.to_pure_dict(nnx.state(found, nnx.Param))
+    jax.tree.map(np.testing.assert_array_equal, found, seen[best])
 
 
 def test_two_stage(config, tmp_path):
@@ -143,6 +181,10 @@ def test_without_training_and_budget(config, tmp_path):
     ({'budget': float('nan')}, 'budget takes a number from 0 on'),
     ({'method': 'two_stage', 'budget': 0}, 'two_stage needs a budget'),
     ({'method': 'two_stage', 'two_stage_macs': 1}, 'needs a budget, and two'),
+    ({'keep_best': True}, 'keep_best needs evaluate_every, and a part of the'),
+    ({'evaluate_every': 1e-4}, '0.0001 epochs, less than a step'),
+    ({'validation': 1e-4}, 'of 320 images would hold out 0'),
+    ({'validation': 1.5}, 'validation takes a number from 0 to 1'),
     ({'bit_choices': (3,)}, 'none of the allowed bits .3,. is within'),
     ({'bit_choices': (3,), 'budget': 0}, 'none of the allowed bits'),
     ({'rules': [{'pattern': 'conv9'}]}, 'match no layer: conv9; the layers'),

@@ -1,5 +1,6 @@
 """Runs that are stopped, killed or damaged, and go on to the same bits."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import time
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -70,6 +72,20 @@ def bits(state):
   ]
 
 
+def test_the_best_of_a_run_that_was_stopped(config, tmp_path):
+  """It is what the run would have had, seen before or after the stop."""
+  config = config_lib.change(
+    config, evaluate_every=1.0, validation=0.25, keep_best=True
+  )
+  expected = run(config, tmp_path / 'whole')
+  looks = [row for row in expected['history'] if 'eval_accuracy' in row]
+  assert {row['phase'] for row in looks} == {'float', 'search', 'finetune'}
+  workdir = tmp_path / 'stopped'
+  with pytest.raises(train.Interrupted):
+    experiment.run(config, workdir, stop=after(STEPS // 2))
+  assert run(config, workdir) == expected
+
+
 def fresh(model=None):
   config = optim.OptimizerConfig()
   return train.init(
@@ -100,7 +116,9 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
       state,
       batch_at,
       5,
-      save=lambda state: checkpoints.save(state, [{'step': int(state.step)}]),
+      save=lambda state, _: checkpoints.save(
+        state, [{'step': int(state.step)}]
+      ),
       save_every=2,
     )
   assert {p.name for p in (tmp_path / 'a').iterdir()} == {'4', '5'}
@@ -110,6 +128,18 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
   assert int(state.step) == 5
   found = train.fit(state, batch_at, 9)
   jax.tree.map(np.testing.assert_array_equal, bits(found), bits(expected))
+
+
+def test_the_best_state_stays_beside_the_last_ones(tmp_path):
+  seen = {1: 0.5, 2: 0.75, 3: 0.75, 4: None, 5: 0.25, 6: 0.5, 7: None}
+  with train.Checkpoints(tmp_path / 'a', keep_best=True) as checkpoints:
+    for step, accuracy in seen.items():
+      state = dataclasses.replace(fresh(), step=jnp.int32(step))
+      checkpoints.save(state, [], accuracy)
+    best, _ = checkpoints.restore(fresh(), best=True)
+    last, _ = checkpoints.restore(fresh())
+  assert [int(best.step), int(last.step)] == [3, 7]
+  assert {p.name for p in (tmp_path / 'a').iterdir()} == {'3', '6', '7'}
 
 
 def test_a_checkpoint_that_is_half_written_is_not_picked(tmp_path):

@@ -230,6 +230,35 @@ def test_fit_logs_floats_at_the_rate_and_at_the_end(search):
   assert metrics['mean_weight_bits'] == pytest.approx(8, abs=1)
 
 
+def test_fit_evaluates_now_and_then_and_saves_what_it_saw(search):
+  log, saved = {}, {}
+
+  def evaluate(state):
+    return int(state.step) / 100
+
+  train.fit(
+    copied(search),
+    batch_at,
+    5,
+    log_every=3,
+    on_log=log.__setitem__,
+    save=lambda state, accuracy: saved.update({int(state.step): accuracy}),
+    save_every=3,
+    evaluate=evaluate,
+    evaluate_every=2,
+  )
+  assert {k: v.get('eval_accuracy') for k, v in log.items()} == saved
+  assert saved == {2: 0.02, 3: None, 4: 0.04, 5: 0.05}
+
+
+def test_eval_step_leaves_out_what_fills_a_batch_up(search):
+  batch = batch_at(0) | {'mask': np.float32([1] * 20 + [0] * 12)}
+  logits = train.model_of(search)(batch['image'])
+  right = np.argmax(logits, -1) == batch['label']
+  found = train.eval_step(search, batch)
+  assert list(map(float, found)) == [right[:20].sum(), 20]
+
+
 def test_fit_passes_on_what_the_data_raise(search):
   def broken(step):
     if step == 2:

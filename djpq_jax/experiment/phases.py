@@ -6,7 +6,6 @@ compressed and frozen anew from the states of the phases before, which gives
 the same bits, and only what is missing is trained.
 """
 
-import time
 from typing import Any
 
 from flax import nnx
@@ -17,88 +16,9 @@ from djpq_jax import compress
 from djpq_jax import evaluation
 from djpq_jax import losses
 from djpq_jax import optim
-from djpq_jax import parallel
 from djpq_jax import train
+from djpq_jax.experiment import running
 from djpq_jax.experiment import setting
-
-NAMES = ('float', 'search', 'finetune')
-
-
-def _phase(run: setting.Run, name: str, state: train.TrainState, steps: int):
-  """Runs one phase, or what is left of it; returns its model."""
-  seed = run.config.seed * 10 + NAMES.index(name)
-  rows: list[dict[str, Any]] = []  # of this phase
-
-  clock = _Clock()
-
-  def on_log(step, metrics):
-    row = {'phase': name, 'step': run.steps_done + step, **metrics}
-    rows.append({k: _plain(v) for k, v in row.items()})
-    run.record(rows[-1:])
-    # Not a part of the history, which is the same whenever it is made.
-    speed = {'images_per_second': clock.rate(step) * run.config.batch_size}
-    run.progress(name, step, steps, metrics | speed)
-
-  to_devices, step_fn, place = spread(run)
-
-  def fit(state, save=None):
-    clock.start(int(state.step))
-    return train.fit(
-      state,
-      run.batches(seed, share=True),
-      steps,
-      log_every=max(1, min(50, steps // 20)),
-      on_log=on_log,
-      step_fn=step_fn,
-      save=save,
-      save_every=run.config.checkpoint_every,
-      stop=run.stop,
-      place=place,
-    )
-
-  state = to_devices(state)
-  home = run.float_dir if name == 'float' else run.workdir
-  if home is None or not steps:
-    state = fit(state)
-  else:
-    folder = home / 'checkpoints' / f'{run.phases_done}-{name}'
-    with train.Checkpoints(folder.absolute()) as checkpoints:
-      state, before = checkpoints.restore(state)
-      rows += before
-      run.record(before)
-      state = fit(state, lambda state: checkpoints.save(state, rows))
-  run.steps_done += steps
-  run.phases_done += 1
-  return train.model_of(parallel.gather(state))
-
-
-class _Clock:
-  """Steps per second between looks, the first compilation included."""
-
-  def start(self, step: int) -> None:
-    self._step, self._time = step, time.monotonic()
-
-  def rate(self, step: int) -> float:
-    before, then = self._step, self._time
-    self.start(step)
-    return (step - before) / max(self._time - then, 1e-9)
-
-
-def spread(run: setting.Run):
-  """How a state and a batch get to the devices, and what steps there."""
-  mesh, wrapper = run.mesh(), run.config.step.wrapper
-  if mesh.size == 1 and wrapper == 'jit':
-    return lambda state: state, train.jit_step, None
-  wrap = {'jit': parallel.jit_step, 'pmap': parallel.pmap_step}[wrapper]
-  return (
-    lambda state: parallel.replicate(state, mesh),
-    wrap(train.train_step, mesh),
-    lambda batch: parallel.spread(batch, mesh),
-  )
-
-
-def _plain(value):
-  return value if isinstance(value, (str, int)) else float(value)
 
 
 def _optimizer(phase, steps: int):
@@ -130,7 +50,7 @@ def train_float(run: setting.Run, model):
     seed=run.config.seed,
     **_how(run),
   )
-  return _phase(run, 'float', state, steps)
+  return running.run_phase(run, 'float', state, steps)
 
 
 def compressed(run: setting.Run, model, rules=()) -> compress.Compressed:
@@ -150,7 +70,7 @@ def search(
   """Learns channels and bits; a controller leads them to the budget."""
   steps = run.steps(epochs)
   state = search_state(run, model, teacher, budget=budget, steps=steps)
-  return _phase(run, 'search', state, steps)
+  return running.run_phase(run, 'search', state, steps)
 
 
 def search_state(
@@ -214,7 +134,7 @@ def finetune(run: setting.Run, model: compress.Compressed, teacher):
     teacher=teacher if phase.distill else None,
     **_how(run),
   )
-  model = _phase(run, 'finetune', state, steps)
+  model = running.run_phase(run, 'finetune', state, steps)
   train.check_alive(model, run.sample())
   batch_at = run.batches(run.config.seed * 10 + 9)
   count = run.config.statistics_batches

@@ -7,6 +7,7 @@ import jax
 
 from djpq_jax import compress
 from djpq_jax.experiment import phases
+from djpq_jax.experiment import running
 from djpq_jax.experiment import setting
 
 
@@ -52,7 +53,7 @@ def preview(
 def _step_bytes(run: setting.Run, net, model) -> int:
   """Memory of one step on one device, as it is compiled for it."""
   state = phases.search_state(run, net, model, budget=run.budget, steps=1)
-  to_devices, step_fn, place = phases.spread(run)
+  to_devices, step_fn, place = running.spread(run)
   batch = run.batches(0, share=True)(0)
   state, batch = to_devices(state), place(batch) if place else batch
   found = step_fn.lower(state, batch).compile().memory_analysis()

@@ -34,6 +34,7 @@ class Run:
     config: complete, from `config.load`.
     train_split: what is trained on.
     test_split: what the results are measured on.
+    watched_split: what accuracy is measured on in training.
     progress: told about every look at the metrics.
     workdir: where checkpoints go; None for nowhere.
     float_dir: where those of the float training go.
@@ -47,6 +48,7 @@ class Run:
   config: Any
   train_split: data.Split
   test_split: data.Split
+  watched_split: data.Split
   progress: Progress
   workdir: pathlib.Path | None = None
   float_dir: pathlib.Path | None = None
@@ -156,6 +158,12 @@ def prepare(config, progress: Progress | None = None) -> Run:
       raise ValueError(
         f'{name}.temperature must be above 0, got {phase.temperature}'
       )
+  if config.keep_best and not (config.evaluate_every and config.validation):
+    raise ValueError(
+      'keep_best needs evaluate_every, and a part of the training images to '
+      'choose by: set validation, for example to 0.1 (choosing by the test '
+      'images would make their accuracy no measure of others)'
+    )
   _check_step(config)
   metrics.check(tensorboard=config.tensorboard)
   train_split, test_split = data.load(
@@ -163,7 +171,16 @@ def prepare(config, progress: Progress | None = None) -> Run:
     data_dir=config.data.dir or None,
     **config.data.kwargs,
   )
-  return Run(config, train_split, test_split, progress or (lambda *_: None))
+  watched_split = test_split
+  if config.validation:
+    train_split, watched_split = data.hold_out(train_split, config.validation)
+  return Run(
+    config,
+    train_split,
+    test_split,
+    watched_split,
+    progress or (lambda *_: None),
+  )
 
 
 def _check_step(config) -> None:

@@ -101,7 +101,11 @@ def _plans(report: Mapping[str, Any], history: history_lib.Records):
     title='Accuracy, %',
     series=[
       _Series(key='accuracy', label='training batch', colour='blue'),
-      _Series(key='eval_accuracy', label='test', colour='orange'),
+      _Series(
+        key='eval_accuracy',
+        label=history_lib.watched(report),
+        colour='orange',
+      ),
     ],
     show=percent,
     axis=lambda every, later: chart.vertical(

@@ -53,11 +53,14 @@ def _draw_accuracy(
   history = report['history']
   train = history_lib.series(steps, history, 'accuracy', 100)
   test = history_lib.series(steps, history, 'eval_accuracy', 100)
+  watched = history_lib.watched(report)
   final = 100 * report['float_accuracy'], 100 * report['accuracy']
   axes.axhline(final[0], color=style.GREY, lw=1.2, ls='--', label='float32')
   axes.plot(*train, color=style.BLUE, alpha=0.45, lw=1, label='training batch')
   if test[0]:
-    axes.plot(*test, color=style.ORANGE, lw=1.5, marker='o', ms=3, label='test')
+    axes.plot(
+      *test, color=style.ORANGE, lw=1.5, marker='o', ms=3, label=watched
+    )
   axes.plot(
     steps[-1:],
     final[1:],

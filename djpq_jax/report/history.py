@@ -22,6 +22,11 @@ def series(
   return [x for x, _ in points], [y for _, y in points]
 
 
+def watched(report: Mapping[str, Any]) -> str:
+  """Which images a report's `eval_accuracy` speaks of, in a word or two."""
+  return 'held out' if report['config'].get('validation') else 'test'
+
+
 def running_steps(history: Records) -> list[float]:
   """Steps that go on where a phase starts to count from zero again.
 

@@ -15,6 +15,7 @@ from djpq_jax.train.state import Program
 from djpq_jax.train.state import TrainState
 from djpq_jax.train.state import init
 from djpq_jax.train.state import model_of
+from djpq_jax.train.step import eval_step
 from djpq_jax.train.step import jit_step
 from djpq_jax.train.step import train_step
 
@@ -27,6 +28,7 @@ __all__ = [
   'TrainState',
   'TrainingError',
   'check_alive',
+  'eval_step',
   'fit',
   'init',
   'jit_step',

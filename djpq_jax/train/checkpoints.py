@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
 
 from djpq_jax.train import state as state_lib
 
@@ -34,12 +35,20 @@ class Checkpoints:
     folder: absolute, local or of an object store that `etils.epath` knows
       ('gs://...').
     keep: how many of the last ones stay.
+    keep_best: whether the one of the best accuracy stays, too.
   """
 
-  def __init__(self, folder, *, keep: int = 2):
+  def __init__(self, folder, *, keep: int = 2, keep_best: bool = False):
     self.folder = folder
+    kept = policies.LatestN(keep)
+    if keep_best:
+      best = policies.BestN(
+        get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False
+      )
+      kept = policies.AnyPreservationPolicy([kept, best])
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep,
+      preservation_policy=kept,
+      best_fn=_accuracy,
       cleanup_tmp_directories=True,
       enable_async_checkpointing=True,
     )
@@ -55,12 +64,18 @@ class Checkpoints:
     """Steps of the last whole checkpoint; None if there is none."""
     return self._manager.latest_step()
 
-  def save(self, state: state_lib.TrainState, history: list[Any]) -> None:
+  def save(
+    self,
+    state: state_lib.TrainState,
+    history: list[Any],
+    accuracy: float | None = None,
+  ) -> None:
     """Copies the state, and writes it while training goes on.
 
     Args:
       state: what to save.
       history: JSON-ready rows that belong to it.
+      accuracy: what `restore(best=True)` compares, if it was measured.
     """
     step = int(state.step)
     if step == self.latest():
@@ -69,16 +84,18 @@ class Checkpoints:
       state=ocp.args.StandardSave(_tree(state)),
       history=ocp.args.JsonSave(list(history)),
     )
-    self._manager.save(step, args=args, force=True)
+    metrics = None if accuracy is None else {'accuracy': accuracy}
+    self._manager.save(step, args=args, metrics=metrics, force=True)
 
   def restore(
-    self, state: state_lib.TrainState
+    self, state: state_lib.TrainState, *, best: bool = False
   ) -> tuple[state_lib.TrainState, list[Any]]:
-    """Reads the last checkpoint.
+    """Reads the last checkpoint, or the best one.
 
     Args:
       state: a fresh one of the same model and objective, for its structure,
         its shapes and how its arrays are spread over devices.
+      best: whether to read the one of the best accuracy; of several, the last.
 
     Returns:
       (the state, its history); (`state`, []) if there is no checkpoint.
@@ -86,7 +103,8 @@ class Checkpoints:
     Raises:
       CheckpointError: the checkpoint is damaged, or of another model.
     """
-    step = self.latest()
+    self._manager.wait_until_finished()
+    step = self._manager.best_step() if best else self.latest()
     if step is None:
       return state, []
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(state))
@@ -109,6 +127,10 @@ class Checkpoints:
     )
     state = dataclasses.replace(state, key=key, **_unflat(tree, state))
     return state, found['history']
+
+
+def _accuracy(metrics) -> float:
+  return metrics['accuracy']
 
 
 def _tree(state: state_lib.TrainState) -> dict[str, Any]:
