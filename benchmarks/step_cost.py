@@ -1,15 +1,20 @@
-"""What a compressed training step costs, over the float step of the same model.
+r"""What a compressed training step costs over the float step of the same model.
 
-    python benchmarks/step_cost.py [--model resnet20] [--batch 128] [--steps 10]
+    python benchmarks/step_cost.py --models resnet20 resnet56 --batches 128 \\
+        --out benchmarks/results/step_cost.json
 
-Both steps run in turn in one process, on random images; the ratio of their
-medians is printed, with compile times and the memory XLA plans for temporaries.
+The float step, the search's and the finetuning's take turns in one process, on
+random images; the ratio of their medians counts.  With them come compile times
+and the memory that XLA plans for temporaries.
 """
 
 import argparse
 import json
+import os
+import pathlib
 import time
 
+import compare
 import jax
 import numpy as np
 
@@ -20,67 +25,99 @@ from djpq_jax import models
 from djpq_jax import optim
 from djpq_jax import train
 
-
-def compiled(model, objective, batch):
-  """Returns (state, compiled step, seconds to trace and compile)."""
-  tx = optim.make(optim.OptimizerConfig(), 1000)
-  state = train.init(model, objective, tx)
-  start = time.perf_counter()
-  step = train.jit_step.lower(state, batch).compile()
-  return state, step, time.perf_counter() - start
+WARM_UP = 2  # steps that do not count
 
 
-def one_step(step, state, batch):
-  """Returns (next state, seconds)."""
-  start = time.perf_counter()
-  state, metrics = step(state, batch)
-  jax.block_until_ready((state, metrics))
-  return state, time.perf_counter() - start
+class Contestant:
+  """A compiled step and its state."""
+
+  def __init__(self, model, objective, batch):
+    tx = optim.make(optim.OptimizerConfig(), 1000)
+    self.state = train.init(model, objective, tx)
+    self.batch = batch
+    start = time.perf_counter()
+    self.step = train.jit_step.lower(self.state, batch).compile()
+    self.compile_seconds = time.perf_counter() - start
+    self.seconds: list[float] = []
+
+  def run(self):
+    """Takes a step."""
+    start = time.perf_counter()
+    self.state, metrics = self.step(self.state, self.batch)
+    jax.block_until_ready((self.state, metrics))
+    self.seconds.append(time.perf_counter() - start)
+
+  @property
+  def median(self) -> float:
+    """Seconds of a step."""
+    return float(np.median(self.seconds[WARM_UP:]))
+
+
+def measure(name: str, size: int | None, count: int, steps: int) -> list[dict]:
+  """The three phases of one model at one batch size."""
+  kwargs = {'input_shape': (size, size, 3)} if size else {}
+  model = models.create(name, **kwargs)
+  rng = np.random.default_rng(0)
+  batch = {
+    'image': rng.standard_normal((count, *model.input_shape), np.float32),
+    'label': rng.integers(0, 10, count, np.int32),
+  }
+  net = compress.compress(model, (), batch['image'][:8])
+  controller = budget_lib.Controller(budget=0.01, start=0.06, steps=1000)
+  plan = allocate.uniform(net, 4, 4)
+  frozen = compress.freeze(net, plan, batch['image'][:8])
+  objective = train.Objective(noisy=True, controller=controller)
+  contestants = {
+    'float': Contestant(model, train.Objective(), batch),
+    'search': Contestant(net, objective, batch),
+    'finetune': Contestant(frozen, train.Objective(), batch),
+  }
+  for _ in range(steps + WARM_UP):
+    for contestant in contestants.values():
+      contestant.run()
+  base = contestants['float']
+  return [
+    {
+      'model': name,
+      'input_shape': list(model.input_shape),
+      'batch': count,
+      'layers': len(net.structure.layers),
+      'phase': phase,
+      'step_seconds': round(found.median, 4),
+      'over_float': round(found.median / base.median, 3),
+      'compile_seconds': round(found.compile_seconds, 2),
+      'temporaries_MB': round(
+        found.step.memory_analysis().temp_size_in_bytes / 1e6, 1
+      ),
+    }
+    for phase, found in contestants.items()
+  ]
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--model', default='resnet20')
-  parser.add_argument('--batch', type=int, default=128)
+  parser.add_argument('--models', nargs='+', default=['resnet20'])
+  parser.add_argument('--batches', type=int, nargs='+', default=[128])
+  parser.add_argument('--size', type=int, help='side of the images')
   parser.add_argument('--steps', type=int, default=10)
+  parser.add_argument('--out', type=pathlib.Path, help='rows are added to it')
   args = parser.parse_args()
-  rng = np.random.default_rng(0)
-  model = models.create(args.model)
-  shape = (args.batch, *model.input_shape)
-  batch = {
-    'image': rng.standard_normal(shape, np.float32),
-    'label': rng.integers(0, 10, args.batch, np.int32),
-  }
-  net = compress.compress(model, (), batch['image'])
-  controller = budget_lib.Controller(budget=0.01, start=0.06, steps=1000)
-  frozen = compress.freeze(net, allocate.uniform(net, 4, 4), batch['image'])
-  contestants = {
-    'float': (model, train.Objective()),
-    'search': (net, train.Objective(noisy=True, controller=controller)),
-    'finetune': (frozen, train.Objective()),
-  }
-  found = {}
-  for name, (net_, objective) in contestants.items():
-    state, step, seconds = compiled(net_, objective, batch)
-    memory = step.memory_analysis().temp_size_in_bytes
-    found[name] = dict(
-      state=state, step=step, compile=seconds, memory=memory, seconds=[]
-    )
-  for _ in range(args.steps + 2):
-    for row in found.values():
-      row['state'], seconds = one_step(row['step'], row['state'], batch)
-      row['seconds'].append(seconds)
-  base = np.median(found['float']['seconds'][2:])
-  for name, row in found.items():
-    median = np.median(row['seconds'][2:])
-    result = {
-      'phase': name,
-      'step_seconds': round(float(median), 4),
-      'over_float': round(float(median / base), 3),
-      'compile_seconds': round(row['compile'], 2),
-      'temporaries_MB': round(row['memory'] / 1e6, 1),
-    }
-    print(json.dumps(result))
+  result = {'runs': []}
+  if args.out and args.out.exists():
+    result = json.loads(args.out.read_text())
+  environment = compare.environment()
+  for name in args.models:
+    for count in args.batches:
+      made = {
+        'commit': compare.commit(),
+        'load': round(os.getloadavg()[0], 1),
+        'environment': environment,
+      }
+      for row in measure(name, args.size, count, args.steps):
+        result['runs'].append(row | made)
+        print(json.dumps(row), flush=True)
+      if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + '\n')
 
 
 if __name__ == '__main__':

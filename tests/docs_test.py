@@ -1,6 +1,7 @@
 """Examples in the documents run, and their tables are those of the results."""
 
 import doctest
+import importlib
 import pathlib
 import subprocess
 import sys
@@ -25,6 +26,13 @@ def test_examples_run(name):
 def test_readme_has_examples():
   parser = doctest.DocTestParser()
   assert len(parser.get_examples((ROOT / 'README.md').read_text())) > 10
+
+
+def test_examples_of_benchmarks_run(monkeypatch):
+  monkeypatch.syspath_prepend(ROOT / 'benchmarks')
+  found = doctest.testmod(importlib.import_module('devices'))
+  assert found.attempted
+  assert not found.failed
 
 
 def test_tables_are_those_of_the_results():
