@@ -79,6 +79,7 @@ def default() -> ml_collections.ConfigDict:
       },
       'finetune': {  # of the cut model, its bits fixed
         'epochs': 0.0,
+        'rewind': False,  # begin with the float weights, not the searched ones
         'smoothing': 0.0,
         'distill': 0.0,
         'temperature': 1.0,

@@ -9,12 +9,15 @@ import pytest
 import tiny
 
 from djpq_jax import checkpoint
+from djpq_jax import compress
 from djpq_jax import config as config_lib
 from djpq_jax import evaluation
 from djpq_jax import experiment
+from djpq_jax import graph as graph_lib
 from djpq_jax import models
 from djpq_jax import train
 from djpq_jax.experiment import running
+from djpq_jax.experiment import setting
 
 # They run whole training loops.
 pytestmark = [
@@ -90,6 +93,33 @@ def test_keep_best_ends_with_the_best_look(
       found, _ = experiment.float_model(config)
     found = nnx.to_pure_dict(nnx.state(found, nnx.Param))
     jax.tree.map(np.testing.assert_array_equal, found, seen[best])
+
+
+@pytest.mark.parametrize('method', ['djpq', 'two_stage'])
+def test_rewound_weights_are_those_of_the_float_model(config, method):
+  config = config_lib.change(
+    config,
+    method=method,
+    budget=0.01,
+    two_stage_macs=0.6,
+    rules=({'pattern': '*', 'exponent': True},),
+    finetune={'rewind': True},
+  )
+  run = setting.prepare(config)
+  model = tiny.make(tiny.Normed)
+  net = experiment.METHODS[method](run, model)
+  plan = net.structure.plan
+  assert sum(len(m) - m.sum() for m in plan.open.values()) > 0
+  exponents = [h.operands.weight.grid()[2] for h in compress.hooks(net)]
+  assert max(abs(float(t) - 1) for t in exponents) > 1e-3
+  if method == 'djpq':  # else the first stage has trained what it pruned
+    cut = graph_lib.slice_channels(model, net.structure.graph, plan.open)
+    expected = compress.layer_modules(cut)
+    for hook in compress.hooks(net):
+      kernel = expected[hook.path].kernel[...]
+      np.testing.assert_array_equal(hook.layer.kernel[...], kernel)
+    for gate in net.gates:
+      np.testing.assert_array_equal(gate.mean(), 1)
 
 
 def test_two_stage(config, tmp_path):

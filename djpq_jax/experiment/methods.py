@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from flax import nnx
+
 from djpq_jax import allocate
 from djpq_jax import compress
 from djpq_jax.experiment import phases
@@ -20,7 +22,25 @@ def djpq(run: setting.Run, model) -> compress.Compressed:
     run, net, model, budget=run.budget, epochs=config.search.epochs
   )
   plan = allocate.plan(net, run.budget, config.bit_choices or None)
+  if config.finetune.rewind:
+    net = _rewound(net, phases.compressed(run, model))
   return compress.freeze(net, plan, run.sample())
+
+
+def _rewound(
+  searched: compress.Compressed, fresh: compress.Compressed
+) -> compress.Compressed:
+  """`fresh`, with what a plan does not say of the searched grids.
+
+  Noise, and bits that change from step to step, leave the searched weights
+  further from the float model than the plan needs them to be.
+  """
+  for new, old in zip(compress.hooks(fresh), compress.hooks(searched)):
+    for kind in ('weight', 'act'):
+      grid = getattr(old.operands, kind)
+      if grid is not None and grid.log_exponent is not None:
+        setattr(new.operands, kind, nnx.data(grid))
+  return fresh
 
 
 def two_stage(run: setting.Run, model) -> compress.Compressed:
@@ -43,6 +63,8 @@ def two_stage(run: setting.Run, model) -> compress.Compressed:
   budget = config.budget / left
   net = phases.search(run, net, model, budget=budget, epochs=epochs)
   second = allocate.plan(net, budget, config.bit_choices or None)
+  if config.finetune.rewind:
+    net = _rewound(net, phases.compressed(run, pruned, [UNPRUNED]))
   net = compress.freeze(net, second, run.sample())
   # Seen from the dense model, both stages are one plan; no gates are left.
   net.structure = dataclasses.replace(
