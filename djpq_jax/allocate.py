@@ -5,10 +5,14 @@ number, the slack, then moves all of them together: it is added to every
 tensor's bits and lowers every gate's threshold.  The largest slack that stays
 within the budget is found by bisection, and what it leaves unused is filled
 with the next best single changes that still fit.
+
+Several costs can have a budget each.  A plan's load is then the largest of its
+costs over their budgets: 1 where the tightest budget is just met.
 """
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+from typing import TypeAlias
 
 import numpy as np
 
@@ -17,6 +21,8 @@ from djpq_jax import cost
 
 LOG_ALPHA_PER_BIT = 2.0  # how much a gate's threshold moves with one bit
 CLOSE_ENOUGH = 0.985  # of the budget; filling stops there
+
+Budget: TypeAlias = float | Mapping[str, float]  # a float is one of BOPs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,56 +78,75 @@ def uniform(model: compress.Compressed, weight_bits: int, act_bits: int):
 
 def plan(
   model: compress.Compressed,
-  budget: float | None,
+  budget: Budget | None,
   choices: Sequence[int] | None = None,
 ) -> compress.Plan:
   """Rounds a searched model to whole channels and bits.
 
   Args:
     model: a searched model.
-    budget: largest BOPs relative to the dense float32 model; None only
-      rounds: bits to the nearest choice, gates at their threshold.
+    budget: largest BOPs relative to the dense float32 model, or the largest
+      of several costs by name, see `cost.COSTS`; None only rounds: bits to the
+      nearest choice, gates at their threshold.  Bits that no budget counts
+      are only rounded, too.
     choices: allowed bits, for example (2, 4, 8, 16, 32); by default all whole
       numbers.  Each layer's bounds still hold.
 
   Returns:
-    A plan at or below the budget, as close to it as single channels allow.
+    A plan at or below every budget, as close to the tightest as single
+    channels allow.
 
   Raises:
     ValueError: the budget is out of reach; the message says how far it goes.
   """
-  rounder = _Rounder(model, choices)
   if budget is None:
-    return rounder.at(0.0)
+    return _Rounder(model, choices, {'bops': 1.0}).at(0.0)
   check_reachable(model, budget, choices)
+  rounder = _Rounder(model, choices, _by_name(budget))
   low, high = -40.0, 40.0
-  if rounder.bops(rounder.at(high)) <= budget:
+  if rounder.load(rounder.at(high)) <= 1:
     return rounder.at(high)
   for _ in range(50):
     middle = (low + high) / 2
-    fits = rounder.bops(rounder.at(middle)) <= budget
+    fits = rounder.load(rounder.at(middle)) <= 1
     low, high = (middle, high) if fits else (low, middle)
-  return _fill(rounder, rounder.at(low), budget)
+  return _fill(rounder, rounder.at(low))
 
 
 def reachable(
   model: compress.Compressed, choices: Sequence[int] | None = None
 ) -> float:
   """The smallest relative BOPs that the rules allow."""
-  rounder = _Rounder(model, choices)
-  return rounder.bops(rounder.at(-40.0))
+  return _least(model, choices)['bops']
 
 
-def check_reachable(model, budget: float, choices=None):
+def check_reachable(model, budget: Budget, choices=None):
   """Raises a ValueError if the rules do not allow so small a budget."""
-  least = reachable(model, choices)
-  if budget < least:
-    raise ValueError(
-      f'a budget of {100 * budget:.4g} % of the float32 BOPs cannot be '
-      'reached: with the fewest bits and channels that the rules allow, '
-      f'{100 * least:.4g} % are left; raise the budget, or allow fewer bits '
-      'or more pruning'
-    )
+  least = _least(model, choices)
+  for name, limit in _by_name(budget).items():
+    if limit < least[name]:
+      raise ValueError(
+        f'a budget of {100 * limit:.4g} % of the float32 {cost.COSTS[name]} '
+        'cannot be reached: with the fewest bits and channels that the rules '
+        f'allow, {100 * least[name]:.4g} % are left; raise the budget, or '
+        f'allow {"" if name == "macs" else "fewer bits or "}more pruning'
+      )
+
+
+def _least(model, choices) -> dict[str, float]:
+  """The smallest relative costs that the rules allow."""
+  rounder = _Rounder(model, choices, {'bops': 1.0})
+  return rounder.counts.relative(rounder.at(-40.0))
+
+
+def _by_name(budget: Budget) -> Mapping[str, float]:
+  if not isinstance(budget, Mapping):
+    return {'bops': budget}
+  unknown = sorted(budget.keys() - cost.COSTS.keys())
+  if unknown or not budget:
+    what = f'no cost {unknown[0]!r}' if unknown else 'no budget'
+    raise ValueError(f'there is {what}; known: {", ".join(cost.COSTS)}')
+  return budget
 
 
 def relative_bops(structure: compress.Structure, plan: compress.Plan) -> float:
@@ -140,7 +165,13 @@ def _act_bounds(model, path):
 class _Rounder:
   """Rounds what a search found, at any slack, and counts what that costs."""
 
-  def __init__(self, model: compress.Compressed, choices):
+  def __init__(
+    self, model: compress.Compressed, choices, budgets: Mapping[str, float]
+  ):
+    self.budgets = budgets
+    # What the slack moves besides channels: bits that a budget counts.
+    self.moved = {'weight'} if budgets.keys() & {'bops', 'weights'} else set()
+    self.moved |= {'act'} if 'bops' in budgets else set()
     self.found = read(model)
     self.structure = model.structure
     self.allowed = {}
@@ -161,7 +192,8 @@ class _Rounder:
     """The plan at one slack, in bits."""
     bits: dict[str, dict[str, int]] = {'weight': {}, 'act': {}}
     for (kind, path), allowed in self.allowed.items():
-      real = max(self.real_bits(kind, path) + slack, 0.5)
+      real = self.real_bits(kind, path)
+      real = max(real + slack * (kind in self.moved), 0.5)
       distance = np.abs(np.log2(allowed) - np.log2(real))
       bits[kind][path] = int(allowed[np.argmin(distance)])
     threshold = -LOG_ALPHA_PER_BIT * slack
@@ -183,9 +215,10 @@ class _Rounder:
     mask[order[:count]] = True
     return mask
 
-  def bops(self, plan: compress.Plan) -> float:
-    """Relative BOPs of a plan."""
-    return self.counts.relative_bops(plan)
+  def load(self, plan: compress.Plan) -> float:
+    """The largest of a plan's costs over their budgets."""
+    relative = self.counts.relative(plan)
+    return max(relative[name] / limit for name, limit in self.budgets.items())
 
   def without_worst(self, plan: compress.Plan) -> compress.Plan | None:
     """The plan without the least of its open channels; None if it has none."""
@@ -203,6 +236,8 @@ class _Rounder:
   def next_changes(self, plan: compress.Plan):
     """Single changes upward: yields (slack at which it would come, plan)."""
     for (kind, path), allowed in self.allowed.items():
+      if kind not in self.moved:
+        continue
       field = f'{kind}_bits'
       now = getattr(plan, field)
       higher = [b for b in allowed if b > now[path]]
@@ -220,17 +255,19 @@ class _Rounder:
 
 
 class _Counts:
-  """Relative BOPs of many plans, in float64: a sum over layers."""
+  """Relative costs of many plans, in float64: sums over layers."""
 
   def __init__(self, structure: compress.Structure):
     self.structure = structure
     layers = structure.graph.layers.values()
-    self.total = 32 * 32 * structure.graph.float_macs
-    self.fixed = 32 * 32 * sum(m for _, m in structure.graph.other_macs)
+    self.macs = structure.graph.float_macs
+    self.weights = sum(layer.weights for layer in layers)
+    self.fixed_macs = sum(m for _, m in structure.graph.other_macs)
     self.rows = [
       (
         layer.path,
         layer.macs,
+        layer.weights,
         self._channels(layer.in_group, layer.in_channel),
         None
         if layer.depthwise
@@ -249,7 +286,9 @@ class _Counts:
     ]
     return parts, len(group)
 
-  def relative_bops(self, plan: compress.Plan) -> float:
+  def relative(self, plan: compress.Plan) -> dict[str, float]:
+    """By name, as `cost.relative`."""
+
     def share(channels):
       if channels is None:
         return 1.0
@@ -261,11 +300,19 @@ class _Counts:
       )
       return 1 - closed / total
 
-    bops = self.fixed
-    for path, macs, into, out in self.rows:
-      bits = plan.weight_bits.get(path, 32) * plan.act_bits.get(path, 32)
-      bops += macs * share(into) * share(out) * bits
-    return bops / self.total
+    left_macs, size = float(self.fixed_macs), 0.0
+    bops = 32 * 32 * left_macs
+    for path, macs, weights, into, out in self.rows:
+      kept = share(into) * share(out)
+      weight_bits = plan.weight_bits.get(path, 32)
+      left_macs += macs * kept
+      bops += macs * kept * weight_bits * plan.act_bits.get(path, 32)
+      size += weights * kept * weight_bits
+    return {
+      'bops': bops / (32 * 32 * self.macs),
+      'macs': left_macs / self.macs,
+      'weights': size / max(32 * self.weights, 1),
+    }
 
 
 def _allowed(bounds, choices, path, kind) -> np.ndarray:
@@ -281,26 +328,26 @@ def _allowed(bounds, choices, path, kind) -> np.ndarray:
   return allowed
 
 
-def _fill(rounder: _Rounder, plan: compress.Plan, budget: float):
+def _fill(rounder: _Rounder, plan: compress.Plan):
   """Spends what is left of the budget on the next changes that fit."""
-  while rounder.bops(plan) < CLOSE_ENOUGH * budget:
+  while rounder.load(plan) < CLOSE_ENOUGH:
     fitting = [
       (edge, changed)
       for edge, changed in rounder.next_changes(plan)
-      if rounder.bops(changed) <= budget
+      if rounder.load(changed) <= 1
     ]
     if not fitting:
-      return _trade(rounder, plan, budget)
+      return _trade(rounder, plan)
     plan = min(fitting, key=lambda pair: pair[0])[1]
   return plan
 
 
-def _trade(rounder: _Rounder, plan: compress.Plan, budget: float):
+def _trade(rounder: _Rounder, plan: compress.Plan):
   """Pays for a change that is too large alone by closing the worst channels."""
   changes = sorted(rounder.next_changes(plan), key=lambda pair: pair[0])
   for _, changed in changes:
-    while changed and rounder.bops(changed) > budget:
+    while changed and rounder.load(changed) > 1:
       changed = rounder.without_worst(changed)
-    if changed and rounder.bops(changed) > rounder.bops(plan):
+    if changed and rounder.load(changed) > rounder.load(plan):
       return changed
   return plan

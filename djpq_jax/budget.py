@@ -7,13 +7,41 @@ it.  What is missing at the end `allocate` settles exactly, in whole channels
 and bits.
 """
 
+from collections.abc import Mapping
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+SHARPNESS = 20.0  # of the maximum over budgets
 LOG_STRENGTH_RANGE = (np.log(1e-4), np.log(10.0))
+
+
+def tightest(relative: Mapping[str, jax.Array], budgets: Mapping[str, float]):
+  """One relative cost that stands for several with a budget each.
+
+  It is that of the first budget which would be as far over it as the furthest
+  of all is over its own; a smooth maximum, so that all that are nearly as far
+  over are pushed down.  With one budget it is just that cost.
+
+  Args:
+    relative: relative costs by name, float32 scalars, as `cost.relative` has
+      them.
+    budgets: the largest each may be, by name; at least one.
+
+  Returns:
+    float32 scalar, to be led to `next(iter(budgets.values()))`.
+
+  >>> relative = {'bops': jnp.float32(0.02), 'weights': jnp.float32(0.3)}
+  >>> float(tightest(relative, {'bops': 0.01, 'weights': 0.1})).__round__(4)
+  0.03
+  """
+  (first, budget), *others = budgets.items()
+  if not others:
+    return relative[first]
+  over = jnp.stack([jnp.log(relative[k] / b) for k, b in budgets.items()])
+  return budget * jnp.exp(jax.nn.logsumexp(SHARPNESS * over) / SHARPNESS)
 
 
 @jax.tree_util.register_dataclass

@@ -58,7 +58,9 @@ def default() -> ml_collections.ConfigDict:
       'augment': {'shift': 0, 'flip': False},  # pixels; mirror
       'method': 'djpq',  # or 'two_stage', 'uniform', 'float'
       'rules': (),  # dicts with the fields of compress.Rule; loaded as pairs
-      'budget': 0.0,  # BOPs relative to dense float32; 0: coefficient mode
+      'budget': 0.0,  # BOPs relative to dense float32; 0: none
+      'budget_macs': 0.0,  # likewise MACs; no budget at all: coefficient mode
+      'budget_weights': 0.0,  # likewise the bits of all kernels
       'bit_choices': (),  # allowed bits, () for all whole numbers
       'uniform_bits': (4, 4),  # weights, activations; for method 'uniform'
       'two_stage_macs': 0.3,  # MACs left after the first of two stages

@@ -16,6 +16,9 @@ import jax.numpy as jnp
 
 Number: TypeAlias = jax.Array | float | fractions.Fraction
 
+# What can have a budget, and in words; 'weights' are those of all kernels.
+COSTS = {'bops': 'BOPs', 'macs': 'MACs', 'weights': 'weight bits'}
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,17 +153,52 @@ def relative_bops(uses, baseline):
   >>> relative_bops([use], float_bops([use]))
   0.03125
   """
+  return _ratio(
+    ((u.macs, u.keep_in, u.keep_out, u.weight_bits, u.act_bits) for u in uses),
+    baseline,
+  )
+
+
+def relative(uses) -> dict[str, Number]:
+  """All costs as fractions of those of the dense float32 network.
+
+  Args:
+    uses: iterable of `LayerUse`.
+
+  Returns:
+    By name of the cost, see `COSTS`: Python floats if all fields are ints or
+    Fractions, else float32 scalars.
+
+  Raises:
+    ValueError: a network without MACs or weights, or a field is no scalar.
+
+  >>> use = LayerUse(name='conv', macs=100, weights=9, keep_in=1,
+  ...                keep_out=fractions.Fraction(1, 2), weight_bits=4,
+  ...                act_bits=8)
+  >>> relative([use])
+  {'bops': 0.015625, 'macs': 0.5, 'weights': 0.0625}
+  """
+  uses = list(uses)
+  return {
+    'bops': relative_bops(uses, float_bops(uses)),
+    'macs': _ratio(
+      ((u.macs, u.keep_in, u.keep_out) for u in uses),
+      sum(u.macs for u in uses),
+    ),
+    'weights': _ratio(
+      ((u.weights, u.keep_in, u.keep_out, u.weight_bits) for u in uses),
+      32 * sum(u.weights for u in uses),
+    ),
+  }
+
+
+def _ratio(terms, baseline: int) -> Number:
+  """A sum of products over a whole number; each has a whole number first."""
   if baseline <= 0:
     raise ValueError(f'baseline must be positive, not {baseline}')
   ratio = _sum_of_products(
-    (
-      fractions.Fraction(u.macs) / fractions.Fraction(baseline),
-      u.keep_in,
-      u.keep_out,
-      u.weight_bits,
-      u.act_bits,
-    )
-    for u in uses
+    (fractions.Fraction(first) / fractions.Fraction(baseline), *others)
+    for first, *others in terms
   )
   return float(ratio) if isinstance(ratio, numbers.Rational) else ratio
 

@@ -216,8 +216,15 @@ def _product(name: str, macs: int) -> LayerReport:
 
 
 def totals(model: HardenedModel, rows: list[LayerReport]) -> dict[str, Any]:
-  """Sums of a count: MACs, BOPs, their dense float32 values, and the ratio."""
-  float_macs = model.structure.graph.float_macs
+  """Sums of a count: MACs, BOPs, their dense float32 values, and ratios.
+
+  `relative_weights` is that of the bits of all kernels.
+  """
+  graph = model.structure.graph
+  float_macs = graph.float_macs
+  float_bits = compress.FLOAT_BITS * sum(
+    layer.weights for layer in graph.layers.values()
+  )
   float_bops = compress.FLOAT_BITS**2 * float_macs
   bops = sum(row.bops for row in rows)
   return {
@@ -226,4 +233,7 @@ def totals(model: HardenedModel, rows: list[LayerReport]) -> dict[str, Any]:
     'bops': bops,
     'float_bops': float_bops,
     'relative_bops': bops / float_bops,
+    'relative_macs': sum(row.macs for row in rows) / float_macs,
+    'relative_weights': sum(r.weights * r.weight_bits for r in rows)
+    / float_bits,
   }

@@ -58,6 +58,11 @@ def gate_kl(model: compress.Compressed):
   return sum(float(w) * g.kl() for w, g in zip(weights, model.gates))
 
 
+def relative_costs(model: compress.Compressed):
+  """All costs now, as `cost.relative` has them; differentiable."""
+  return cost.relative(compress.usage(model))
+
+
 def relative_bops(model: compress.Compressed):
   """BOPs now, relative to the dense model at 32 x 32 bits; differentiable."""
   uses = compress.usage(model)

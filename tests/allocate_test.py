@@ -123,6 +123,46 @@ def test_channels_pay_for_the_bits_of_a_layer_that_dominates(budget, choices):
   assert_within(net, plan)
 
 
+def relative_costs(net, plan):
+  return cost.relative(compress.planned_usage(net.structure, plan))
+
+
+@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize(
+  'budgets',
+  [
+    {'weights': 0.05},
+    {'macs': 0.4},
+    {'bops': 0.02, 'weights': 0.05},
+    {'bops': 0.01, 'macs': 0.7, 'weights': 0.2},
+  ],
+  ids=' '.join,
+)
+def test_budgets_of_other_costs(name, budgets):
+  """All are met, the tightest nearly spent; what none counts is untouched."""
+  net = shared(name)
+  plan = allocate.plan(net, budgets)
+  found = relative_costs(net, plan)
+  loads = [found[cost_name] / limit for cost_name, limit in budgets.items()]
+  assert 0.95 <= max(loads) <= 1
+  assert_within(net, plan)
+  whole = allocate.plan(net, None)
+  if 'bops' not in budgets:
+    assert plan.act_bits == whole.act_bits
+  if [*budgets] == ['macs']:
+    assert plan.weight_bits == whole.weight_bits
+
+
+def test_budgets_that_cannot_be():
+  net = shared('digits_cnn')
+  with pytest.raises(ValueError, match='the float32 MACs cannot be reached'):
+    allocate.plan(net, {'bops': 0.02, 'macs': 1e-5})
+  with pytest.raises(ValueError, match="no cost 'bytes'; known: bops, macs"):
+    allocate.plan(net, {'bytes': 0.1})
+  with pytest.raises(ValueError, match='there is no budget'):
+    allocate.plan(net, {})
+
+
 def test_a_budget_beyond_the_bounds_gives_all_that_they_allow():
   net = shared('digits_cnn')
   plan = allocate.plan(net, 0.5)
@@ -177,9 +217,10 @@ def test_the_fast_count_is_the_exact_one(name):
     exact = cost.bops(uses)
     assert isinstance(exact, int)
     total = 1024 * net.structure.graph.float_macs
-    np.testing.assert_allclose(
-      counts.relative_bops(plan), exact / total, rtol=1e-12
-    )
+    found, expected = counts.relative(plan), cost.relative(uses)
+    assert found.keys() == expected.keys() == cost.COSTS.keys()
+    for kind, value in expected.items():
+      np.testing.assert_allclose(found[kind], value, rtol=1e-12)
     assert relative(net, plan) == exact / total
 
 
@@ -200,9 +241,9 @@ def test_the_best_channels_stay():
 
 
 def test_more_budget_never_takes_anything_away():
-  rounder = allocate._Rounder(shared('resnet20'), None)
+  rounder = allocate._Rounder(shared('resnet20'), None, {'bops': 1.0})
   plans = [rounder.at(slack) for slack in np.linspace(-8, 8, 33)]
-  spent = [rounder.bops(plan) for plan in plans]
+  spent = [rounder.load(plan) for plan in plans]
   assert np.all(np.diff(spent) >= 0)
   for less, more in itertools.pairwise(plans):
     for path, bits in less.weight_bits.items():

@@ -49,6 +49,32 @@ def test_a_plant_that_never_comes_back_is_not_driven_far_below(gain):
   assert 0.5 * 0.002 < float(relative[-1]) <= 0.002
 
 
+def test_the_tightest_of_several_budgets():
+  costs = {'bops': jnp.float32(0.02), 'macs': 0.5, 'weights': jnp.float32(0.3)}
+
+  def tightest(**budgets):
+    return float(budget.tightest(costs, budgets))
+
+  assert tightest(bops=0.01) == np.float32(0.02)  # itself, to the bit
+  # Three times over is the weights' load: as far over as BOPs of 3 %.
+  assert tightest(bops=0.01, weights=0.1) == pytest.approx(0.03, rel=1e-3)
+  assert tightest(weights=0.1, bops=0.01) == pytest.approx(0.3, rel=1e-3)
+  assert tightest(bops=0.01, weights=0.9) == pytest.approx(0.02, rel=1e-3)
+
+
+def test_all_tight_budgets_get_pressure():
+  def loss(logs):
+    costs = {'bops': jnp.exp(logs[0]), 'weights': jnp.exp(logs[1])}
+    return jnp.log(budget.tightest(costs, {'bops': 0.01, 'weights': 0.1}))
+
+  slope = jax.grad(loss)
+  logs = jnp.log(jnp.float32([0.02, 0.2]))
+  np.testing.assert_allclose(slope(logs), [0.5, 0.5], rtol=1e-4)
+  apart = slope(logs + jnp.float32([0.3, 0.0]))
+  assert apart[0] > 0.99
+  np.testing.assert_allclose(apart.sum(), 1, rtol=1e-4)
+
+
 def test_strength_stays_in_bounds_and_answers_in_the_right_direction():
   low, high = budget.LOG_STRENGTH_RANGE
   controller = _controller()

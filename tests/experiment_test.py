@@ -48,6 +48,7 @@ def check_report(report, workdir):
   assert report['macs'] == sum(row['macs'] for row in rows)
   assert report['bops'] == sum(row['bops'] for row in rows)
   assert report['relative_bops'] == report['bops'] / report['float_bops']
+  assert report['relative_macs'] == report['macs'] / report['float_macs']
   assert report['float_bops'] == 32 * 32 * report['float_macs']
   for row in rows:
     assert row['bops'] == row['macs'] * row['weight_bits'] * row['act_bits']
@@ -93,6 +94,27 @@ def test_keep_best_ends_with_the_best_look(
       found, _ = experiment.float_model(config)
     found = nnx.to_pure_dict(nnx.state(found, nnx.Param))
     jax.tree.map(np.testing.assert_array_equal, found, seen[best])
+
+
+@pytest.mark.parametrize(
+  'budgets',
+  [{'weights': 0.06}, {'bops': 0.02, 'macs': 0.5}],
+  ids=' '.join,
+)
+def test_budgets_of_other_costs(config, tmp_path, budgets):
+  fields = {setting.BUDGETS[name]: limit for name, limit in budgets.items()}
+  fast = {'optimizer': {'gate_rate': 0.2}}  # in a short search
+  config = config_lib.change(config, search=fast, **{'budget': 0.0} | fields)
+  report = experiment.run(config, tmp_path, trained=tiny.make(tiny.Normed))
+  check_report(report, tmp_path)
+  assert report['budgets'] == budgets
+  assert report['budget'] == budgets.get('bops')
+  loads = [report[f'relative_{k}'] / limit for k, limit in budgets.items()]
+  assert 0.9 <= max(loads) <= 1  # channels of this model are few
+  # The search has led there, so that the plan had little left to do.
+  last = [row for row in report['history'] if row['phase'] == 'search'][-1]
+  found = [last[f'relative_{k}'] / limit for k, limit in budgets.items()]
+  assert max(found) < 1.5
 
 
 @pytest.mark.parametrize('method', ['djpq', 'two_stage'])
@@ -207,6 +229,12 @@ def test_without_training_and_budget(config, tmp_path):
     ({'method': 'djqp'}, "unknown method 'djqp'; there are djpq, two_stage,"),
     ({'budget': 1e-6}, 'cannot be reached: .* are left; raise the budget'),
     ({'budget': 1.0}, 'budget is a fraction of the float32 BOPs'),
+    ({'budget_macs': 1.0}, 'budget_macs is a fraction of the float32 MACs'),
+    ({'budget_weights': 1e-4}, 'the float32 weight bits cannot be reached'),
+    (
+      {'method': 'two_stage', 'budget_macs': 0.5},
+      'two_stage has a budget of BOPs, not budget_macs',
+    ),
     ({'budget': -0.1}, 'budget takes a number from 0 on'),
     ({'budget': float('nan')}, 'budget takes a number from 0 on'),
     ({'method': 'two_stage', 'budget': 0}, 'two_stage needs a budget'),

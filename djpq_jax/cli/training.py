@@ -8,6 +8,7 @@ import jax
 import rich.console
 
 from djpq_jax import config as config_lib
+from djpq_jax import cost
 from djpq_jax import experiment
 from djpq_jax import interruption
 from djpq_jax import parallel
@@ -102,10 +103,10 @@ def carry_out(
 
 def _print_preview(found: dict[str, Any], console) -> None:
   height, width, channels = found['image_shape']
-  budget = 'none'
-  if found['budget']:
-    bops = found['budget'] * found['float_bops']
-    budget = f'{found["budget"]:.3%} of them, {bops:,.0f}'
+  budgets = [
+    f'{share:.3%} of the {cost.COSTS[name]}'
+    for name, share in found['budgets'].items()
+  ]
   steps = ', '.join(
     f'{count:,} {name}' for name, count in found['steps'].items()
   )
@@ -114,7 +115,7 @@ def _print_preview(found: dict[str, Any], console) -> None:
     ('MACs', f'{found["float_macs"]:,}'),
     ('BOPs', f'{found["float_bops"]:,} (32 x 32 bits)'),
     ('method', found['method']),
-    ('budget', budget),
+    ('budget', ', '.join(budgets) or 'none'),
     (
       'channels',
       f'{found["prunable_groups"]} of {found["groups"]} groups can be pruned; '

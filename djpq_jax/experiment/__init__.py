@@ -153,7 +153,7 @@ def _check(run: setting.Run, model):
     )
   net, choices = phases.compressed(run, model), config.bit_choices or None
   if run.searches:
-    allocate.check_reachable(net, config.budget or 1.0, choices)
+    allocate.check_reachable(net, run.budgets or {'bops': 1.0}, choices)
   if config.method == 'two_stage':  # bits alone must do what pruning leaves
     whole = phases.compressed(run, model, [methods.UNPRUNED])
     left = config.budget / config.two_stage_macs

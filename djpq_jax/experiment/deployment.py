@@ -59,6 +59,7 @@ def deploy(run: setting.Run, hardened, workdir, float_accuracy, start):
     'float_accuracy': float_accuracy,
     'accuracy': evaluation.accuracy(logits, run.test_split),
     'budget': run.budget,
+    'budgets': run.budgets or {},
     **harden.totals(reloaded, rows),
     'artifact': folder.name,
     'artifact_bytes': checkpoint.size_bytes(folder),

@@ -19,9 +19,9 @@ def djpq(run: setting.Run, model) -> compress.Compressed:
   net = phases.compressed(run, model)
   compress.restrict(net, config.bit_choices)
   net = phases.search(
-    run, net, model, budget=run.budget, epochs=config.search.epochs
+    run, net, model, budgets=run.budgets, epochs=config.search.epochs
   )
-  plan = allocate.plan(net, run.budget, config.bit_choices or None)
+  plan = allocate.plan(net, run.budgets, config.bit_choices or None)
   if config.finetune.rewind:
     net = _rewound(net, phases.compressed(run, model))
   return compress.freeze(net, plan, run.sample())
@@ -53,7 +53,7 @@ def two_stage(run: setting.Run, model) -> compress.Compressed:
   epochs = config.search.epochs / 2
   macs = config.two_stage_macs
   net = phases.compressed(run, model, [UNQUANTIZED])
-  net = phases.search(run, net, model, budget=macs, epochs=epochs)
+  net = phases.search(run, net, model, budgets={'bops': macs}, epochs=epochs)
   first = allocate.plan(net, macs)
   structure = net.structure
   left = allocate.relative_bops(structure, first)
@@ -61,7 +61,7 @@ def two_stage(run: setting.Run, model) -> compress.Compressed:
   net = phases.compressed(run, pruned, [UNPRUNED])
   compress.restrict(net, config.bit_choices)
   budget = config.budget / left
-  net = phases.search(run, net, model, budget=budget, epochs=epochs)
+  net = phases.search(run, net, model, budgets={'bops': budget}, epochs=epochs)
   second = allocate.plan(net, budget, config.bit_choices or None)
   if config.finetune.rewind:
     net = _rewound(net, phases.compressed(run, pruned, [UNPRUNED]))

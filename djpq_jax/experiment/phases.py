@@ -6,7 +6,8 @@ compressed and frozen anew from the states of the phases before, which gives
 the same bits, and only what is missing is trained.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 from flax import nnx
 import jax
@@ -19,6 +20,8 @@ from djpq_jax import optim
 from djpq_jax import train
 from djpq_jax.experiment import running
 from djpq_jax.experiment import setting
+
+Budgets: TypeAlias = Mapping[str, float] | None  # see `setting.Run.budgets`
 
 
 def _optimizer(phase, steps: int):
@@ -64,12 +67,12 @@ def search(
   model: compress.Compressed,
   teacher,
   *,
-  budget: float | None,
+  budgets: Budgets,
   epochs: float,
 ):
-  """Learns channels and bits; a controller leads them to the budget."""
+  """Learns channels and bits; a controller leads them to the budgets."""
   steps = run.steps(epochs)
-  state = search_state(run, model, teacher, budget=budget, steps=steps)
+  state = search_state(run, model, teacher, budgets=budgets, steps=steps)
   return running.run_phase(run, 'search', state, steps)
 
 
@@ -78,16 +81,16 @@ def search_state(
   model: compress.Compressed,
   teacher,
   *,
-  budget: float | None,
+  budgets: Budgets,
   steps: int,
 ) -> train.TrainState:
   """The state that a search begins with."""
   phase = run.config.search
   controller = None
-  if budget:
+  if budgets:
     controller = budget_lib.Controller(
-      budget=budget,
-      start=float(jax.jit(_relative_bops(model))()),
+      budget=next(iter(budgets.values())),
+      start=float(jax.jit(_tightest(model, budgets))()),
       steps=max(1, steps),
       ramp=phase.ramp,
     )
@@ -99,6 +102,8 @@ def search_state(
     kl_weight=phase.kl_weight,
     strength=phase.strength,
     controller=controller,
+    # BOPs alone are what is led to a budget in any case.
+    budgets=budgets if budgets and [*budgets] != ['bops'] else None,
     ramp_steps=round(phase.ramp * steps),
   )
   return train.init(
@@ -111,10 +116,15 @@ def search_state(
   )
 
 
-def _relative_bops(model):
+def _tightest(model, budgets):
   graphdef, state = nnx.split(model)
   pure = nnx.as_pure(state)
-  return lambda: losses.relative_bops(nnx.merge(graphdef, pure))
+
+  def relative():
+    costs = losses.relative_costs(nnx.merge(graphdef, pure))
+    return budget_lib.tightest(costs, budgets)
+
+  return relative
 
 
 def finetune(run: setting.Run, model: compress.Compressed, teacher):

@@ -35,7 +35,7 @@ def preview(
     'float_macs': graph.float_macs,
     'float_bops': compress.FLOAT_BITS**2 * graph.float_macs,
     'method': config.method,
-    'budget': run.budget,
+    'budgets': run.budgets or {},
     'prunable_groups': len(net.structure.gated),
     'groups': len(net.structure.groups),
     'data': config.data.name,
@@ -52,7 +52,7 @@ def preview(
 
 def _step_bytes(run: setting.Run, net, model) -> int:
   """Memory of one step on one device, as it is compiled for it."""
-  state = phases.search_state(run, net, model, budget=run.budget, steps=1)
+  state = phases.search_state(run, net, model, budgets=run.budgets, steps=1)
   to_devices, step_fn, place = running.spread(run)
   batch = run.batches(0, share=True)(0)
   state, batch = to_devices(state), place(batch) if place else batch

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from djpq_jax import compress
+from djpq_jax import cost as cost_lib
 from djpq_jax import data
 from djpq_jax import graph as graph_lib
 from djpq_jax import metrics
@@ -21,6 +22,8 @@ from djpq_jax.models import torch_weights
 
 CALIBRATION_IMAGES = 256
 SEARCHING = ('djpq', 'two_stage')  # methods that lead to a budget
+# Fields of the budgets, by cost.
+BUDGETS = {'bops': 'budget', 'macs': 'budget_macs', 'weights': 'budget_weights'}
 
 # Called with (phase, steps done, steps in all, metrics).
 Progress = Callable[[str, int, int, dict[str, float]], None]
@@ -98,9 +101,16 @@ class Run:
     return self.config.method in SEARCHING
 
   @property
+  def budgets(self) -> dict[str, float] | None:
+    """Relative costs to end at, by name; None where nothing leads there."""
+    budgets = {cost: self.config[field] for cost, field in BUDGETS.items()}
+    found = {cost: budget for cost, budget in budgets.items() if budget}
+    return found or None if self.searches else None
+
+  @property
   def budget(self) -> float | None:
     """Relative BOPs to end at; None where nothing leads there."""
-    return self.config.budget or None if self.searches else None
+    return (self.budgets or {}).get('bops')
 
   def epochs(self) -> dict[str, float]:
     """Epochs of each phase, such that all methods have as many."""
@@ -140,11 +150,14 @@ class Run:
 
 def prepare(config, progress: Progress | None = None) -> Run:
   """Loads the data and checks that config, data and model fit together."""
-  if not 0 <= config.budget < 1:
-    raise ValueError(
-      'budget is a fraction of the float32 BOPs below 1, or 0 for coefficient '
-      f'mode; got {config.budget}'
-    )
+  for cost, field in BUDGETS.items():
+    if not 0 <= config[field] < 1:
+      raise ValueError(
+        f'{field} is a fraction of the float32 {cost_lib.COSTS[cost]} below '
+        f'1, or 0 for none; got {config[field]}'
+      )
+    if config.method == 'two_stage' and cost != 'bops' and config[field]:
+      raise ValueError(f'method two_stage has a budget of BOPs, not {field}')
   macs = config.two_stage_macs
   if config.method == 'two_stage' and not (config.budget and 0 < macs < 1):
     raise ValueError(

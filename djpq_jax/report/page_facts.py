@@ -5,6 +5,7 @@ import dataclasses
 import json
 from typing import Any
 
+from djpq_jax import cost
 from djpq_jax.report import curve_chart
 from djpq_jax.report import pareto_chart
 from djpq_jax.report import text
@@ -72,14 +73,15 @@ def _cards(report: Mapping[str, Any]) -> list[dict[str, str]]:
       'title': 'Bit operations (BOPs)',
       'value': f'{text.times(report["float_bops"], report["bops"])} fewer',
       'note': f'{text.percent(report["relative_bops"])} of float32, '
-      f'{_budget(report)}',
+      f'{_budget(report["budget"], report["relative_bops"])}',
       'detail': f'{report["bops"]:,} of {report["float_bops"]:,}',
     },
     {
       'title': 'MACs',
       'value': f'{text.times(report["float_macs"], report["macs"])} fewer',
       'note': f'{text.si(report["macs"]).strip()} of '
-      f'{text.si(report["float_macs"]).strip()}',
+      f'{text.si(report["float_macs"]).strip()}'
+      f'{_other_budget(report, "macs")}',
       'detail': f'{report["macs"]:,} of {report["float_macs"]:,}',
     },
   ]
@@ -94,6 +96,7 @@ def _cards(report: Mapping[str, Any]) -> list[dict[str, str]]:
     old = report['float_bytes']
     card['note'] = f'{text.times(old, size)} smaller than {text.si(old)}B'
     card['detail'] = f'{size:,} of {old:,} bytes'
+  card['note'] += _other_budget(report, 'weights')
   return [*cards, card]
 
 
@@ -128,13 +131,22 @@ def _points(difference: float) -> str:
   return f'{100 * difference:+.2f} points'.replace('-', '−')
 
 
-def _budget(report: Mapping[str, Any]) -> str:
-  budget = report['budget']
+def _budget(budget: float | None, relative: float) -> str:
   if budget is None:
     return 'no budget'
-  if report['relative_bops'] <= budget:
+  if relative <= budget:
     return f'✓ within the budget of {text.percent(budget)}'
   return f'✗ over the budget of {text.percent(budget)}'
+
+
+def _other_budget(report: Mapping[str, Any], name: str) -> str:
+  """What became of a budget of MACs or weight bits, if there is one."""
+  budget = report.get('budgets', {}).get(name)
+  if budget is None:
+    return ''
+  relative = report[f'relative_{name}']
+  said = f'{text.percent(relative)} of the {cost.COSTS[name]}'
+  return f'; {said}, {_budget(budget, relative)}'
 
 
 def _budget_cell(report: Mapping[str, Any]) -> str:

@@ -8,6 +8,8 @@ import rich.console
 import rich.table
 import rich.text
 
+from djpq_jax import cost
+
 Report = Mapping[str, Any]
 
 
@@ -82,6 +84,21 @@ def headline(report: Report) -> str:
   return line
 
 
+def other_budgets(report: Report) -> list[str]:
+  """What became of the budgets of other costs than BOPs, a line for each.
+
+  >>> other_budgets(dict(budgets={'bops': 0.01, 'weights': 0.05},
+  ...                    relative_weights=0.0493))
+  ['weight bits: 4.93 % of float32, budget 5 %']
+  """
+  return [
+    f'{cost.COSTS[name]}: {percent(report[f"relative_{name}"])} of float32, '
+    f'budget {percent(limit)}'
+    for name, limit in report.get('budgets', {}).items()
+    if name != 'bops'
+  ]
+
+
 def print_report(
   report: Report, console: rich.console.Console | None = None
 ) -> None:
@@ -99,7 +116,8 @@ def print_report(
   _line(console, '')
   console.print(summary(report))
   _line(console, '')
-  _line(console, headline(report))
+  for line in [headline(report), *other_budgets(report)]:
+    _line(console, line)
   _line(
     console,
     f'seed {report["seed"]}, {report["seconds"]:.0f} seconds; accuracy and '

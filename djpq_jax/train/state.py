@@ -1,5 +1,6 @@
 """What a training phase minimizes, and the state that its steps advance."""
 
+from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
@@ -21,7 +22,8 @@ class Objective:
   """What a training phase minimizes.
 
   L = task + kl_weight * KL(gates) + strength * log(relative BOPs); the task
-  is cross-entropy, mixed with distillation where there is a teacher.
+  is cross-entropy, mixed with distillation where there is a teacher.  With
+  budgets of other costs, theirs is in place of the BOPs.
 
   Attributes:
     smoothing: label smoothing of the cross-entropy.
@@ -31,6 +33,8 @@ class Objective:
     kl_weight: weight of the gates' KL (gamma).
     strength: weight of the BOPs term; unused with a controller.
     controller: sets the strength such that a budget is met.
+    budgets: of which costs, see `budget.tightest`; None for BOPs alone.  The
+      controller leads to the first of them.
     ramp_steps: steps over which `kl_weight` and `strength` rise from zero.
   """
 
@@ -41,6 +45,7 @@ class Objective:
   kl_weight: float = 0.0
   strength: float = 0.0
   controller: budget_lib.Controller | None = None
+  budgets: Mapping[str, float] | None = None
   ramp_steps: int = 0
 
 

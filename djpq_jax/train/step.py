@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from djpq_jax import budget as budget_lib
 from djpq_jax import compress
 from djpq_jax import losses
 from djpq_jax import optim
@@ -148,6 +149,10 @@ def _cost(model, state: state_lib.TrainState):
     return 0.0, state.control, {}
   relative = losses.relative_bops(model)
   metrics = {'relative_bops': relative} | _summary(model)
+  if objective.budgets:
+    costs = losses.relative_costs(model)
+    metrics |= {f'relative_{name}': costs[name] for name in objective.budgets}
+    relative = budget_lib.tightest(costs, objective.budgets)
   ramp = jnp.float32(1)
   if objective.ramp_steps:
     ramp = jnp.minimum(1.0, (state.step + 1) / objective.ramp_steps)
