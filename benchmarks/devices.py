@@ -123,18 +123,20 @@ def main():
   parser.add_argument('--devices', type=int, nargs='+', default=[1, 2, 4])
   parser.add_argument('--wrappers', nargs='+', default=['jit', 'pmap'])
   parser.add_argument('--steps', type=int, default=10)
-  parser.add_argument('--out', type=pathlib.Path)
+  parser.add_argument('--out', type=pathlib.Path, help='rows are added to it')
   parser.add_argument('--here', action='store_true', help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.here:
     row = measure(args.model, args.batch, args.wrappers[0], args.steps)
     print(json.dumps(row))
     return
-  result = {
-    'environment': compare.environment(),
+  result = {'runs': []}
+  if args.out and args.out.exists():
+    result = json.loads(args.out.read_text())
+  made = {
     'commit': compare.commit(),
-    'load': [round(load, 1) for load in os.getloadavg()],
-    'runs': [],
+    'load': round(os.getloadavg()[0], 1),
+    'environment': compare.environment(),
   }
   for wrapper in args.wrappers:
     for count in args.devices:
@@ -148,8 +150,9 @@ def main():
         stdout=subprocess.PIPE,
         text=True,
       )
-      result['runs'].append(json.loads(done.stdout.splitlines()[-1]))
-      print(json.dumps(result['runs'][-1]), flush=True)
+      row = json.loads(done.stdout.splitlines()[-1])
+      result['runs'].append(row | made)
+      print(json.dumps(row), flush=True)
   if args.out:
     args.out.write_text(json.dumps(result, indent=1) + '\n')
 

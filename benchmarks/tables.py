@@ -65,7 +65,7 @@ def comparison(name: str) -> str:
 
 
 def inference() -> str:
-  """Milliseconds of each execution, and how many times float32 takes."""
+  """Milliseconds of float32, and how many times faster the others are."""
   found = json.loads((RESULTS / 'inference.json').read_text())
   made = found['environment']
   lines: list[str] = []
@@ -75,8 +75,10 @@ def inference() -> str:
       lines.append('| model | channels | batch | ' + ' | '.join(rows) + ' |')
       lines.append('| --- ' * (3 + len(rows)) + '|')
     cells = [
-      f'{row["median_ms"]:.1f} ms, {row["median_ms_float32_over_this"]:.2f}x'
-      for row in rows.values()
+      f'{row["median_ms"]:.1f} ms'
+      if name == 'float32'
+      else f'{row["median_ms_float32_over_this"]:.2f}x'
+      for name, row in rows.items()
     ]
     head = run['model'], f'{run["keep"]:.0%}', str(run['batch'])
     lines.append('| ' + ' | '.join([*head, *cells]) + ' |')
@@ -86,9 +88,72 @@ def inference() -> str:
   )
 
 
+def step_cost() -> str:
+  """What a step of each phase takes of the float step."""
+  found = json.loads((RESULTS / 'step_cost.json').read_text())
+  lines = [
+    '| model | image | batch | float step | search | finetuning | compile, s '
+    '| temporaries, MB |',
+    '| --- | --- | --- | --- | --- | --- | --- | --- |',
+  ]
+  runs = found['runs']
+  for phases in zip(runs[::3], runs[1::3], runs[2::3], strict=True):
+    one = phases[0]
+    assert [p['phase'] for p in phases] == ['float', 'search', 'finetune']
+    cells = [
+      one['model'],
+      ' x '.join(map(str, one['input_shape'])),
+      str(one['batch']),
+      f'{1e3 * one["step_seconds"]:.0f} ms',
+      *(f'{p["over_float"]:.2f}x' for p in phases[1:]),
+      ' / '.join(f'{p["compile_seconds"]:.1f}' for p in phases),
+      ' / '.join(f'{p["temporaries_MB"]:.0f}' for p in phases),
+    ]
+    lines.append('| ' + ' | '.join(cells) + ' |')
+  return '\n'.join(lines) + '\n\n' + _made_by(runs)
+
+
+def _made_by(runs: list[dict]) -> str:
+  """Commands, commits and machine of rows that say them one by one."""
+  commands = list(dict.fromkeys(r['environment']['command'] for r in runs))
+  commits = ', '.join(sorted({r['commit'] for r in runs}))
+  made = runs[0]['environment']
+  return (
+    '; '.join(f'`{command}`' for command in commands)
+    + f', commit {commits}, {made["machine"]}, jax {made["versions"]["jax"]}.\n'
+  )
+
+
+def devices() -> str:
+  """Steps per second on several devices, and what they exchange."""
+  found = json.loads((RESULTS / 'devices.json').read_text())
+  lines = [
+    '| model | batch | step | devices | steps/s | exchanged | the exchange '
+    'alone |',
+    '| --- | --- | --- | --- | --- | --- | --- |',
+  ]
+  for run in found['runs']:
+    cells = [
+      run['model'],
+      str(run['batch']),
+      run['wrapper'],
+      str(run['devices']),
+      f'{run["steps_per_second"]:.2f}',
+      f'{run["exchanged_bytes"] / 1e6:.2f} MB',
+      f'{1e3 * run["exchange_seconds"]:.1f} ms',
+    ]
+    lines.append('| ' + ' | '.join(cells) + ' |')
+  return '\n'.join(lines) + '\n\n' + _made_by(found['runs'])
+
+
 def text(name: str) -> str:
   """The block of a name."""
-  special = {'demo': demo, 'inference': inference}
+  special = {
+    'demo': demo,
+    'inference': inference,
+    'step_cost': step_cost,
+    'devices': devices,
+  }
   return special[name]() if name in special else comparison(name)
 
 
@@ -100,7 +165,7 @@ def main() -> int:
   if args.demo:
     record(args.demo)
   stale = []
-  for path in (ROOT / 'README.md', ROOT / 'docs' / 'integer.md'):
+  for path in (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))):
     before = path.read_text()
     after = BLOCK.sub(lambda m: f'{m[1]}{text(m[2])}{m[3]}', before)
     if before != after:
