@@ -49,6 +49,11 @@ def contestants(base, budgets, shares=()):
   for budget in budgets:
     at = f'@{budget:.3%}'
     rows[f'DJPQ {at}'] = {'budget': budget}
+    if base.finetune.rewind:
+      rows[f'DJPQ not rewound {at}'] = {
+        'budget': budget,
+        'finetune': {'rewind': False},
+      }
     rows[f'DJPQ-restrict {at}'] = {
       'budget': budget,
       'bit_choices': (2, 4, 8, 16, 32),
@@ -59,6 +64,12 @@ def contestants(base, budgets, shares=()):
         'method': 'two_stage',
         'two_stage_macs': share,
         'budget': budget,
+      }
+    for multiple in (4, 8, 16):
+      rule = {'pattern': '*', 'align': multiple}
+      rows[f'DJPQ align {multiple} {at}'] = {
+        'budget': budget,
+        'rules': [*rules, rule],
       }
     rows[f'bits only {at}'] = {
       'budget': budget,

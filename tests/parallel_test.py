@@ -226,11 +226,14 @@ def test_an_experiment_on_four_devices(mesh, tmp_path, wrapper):
     float={'epochs': 10},
     search={'epochs': 10},
     finetune={'epochs': 10},
+    evaluate_every=5.0,
   )
   with tiny.registered():
     report = experiment.run(config, tmp_path / 'run')
   assert report['accuracy'] > 0.9
   assert report['relative_bops'] <= report['budget']
+  # The last look is at what was hardened, but for its statistics.
+  assert abs(report['history'][-1]['eval_accuracy'] - report['accuracy']) < 0.05
 
 
 PROGRAM = """
@@ -255,7 +258,7 @@ class Cluster:
       free.bind(('localhost', 0))
       port = free.getsockname()[1]
     sets = 'step.devices=2 checkpoint_every=4 float.epochs=0 search.epochs=20 '
-    sets += 'finetune.epochs=0'
+    sets += 'finetune.epochs=2 evaluate_every=1 validation=0.2 keep_best=True'
     command = [sys.executable, '-c', program, '--config', 'tiny.py']
     command += [f for s in sets.split() for f in ('--set', s)]
     command += ['--workdir', workdir, '--coordinator', f'localhost:{port}']
