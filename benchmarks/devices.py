@@ -127,17 +127,17 @@ def main():
   parser.add_argument('--here', action='store_true', help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.here:
+    made = {
+      'commit': compare.commit(),
+      'load': round(os.getloadavg()[0], 1),
+      'environment': compare.environment(),
+    }
     row = measure(args.model, args.batch, args.wrappers[0], args.steps)
-    print(json.dumps(row))
+    print(json.dumps(row | made))
     return
   result = {'runs': []}
   if args.out and args.out.exists():
     result = json.loads(args.out.read_text())
-  made = {
-    'commit': compare.commit(),
-    'load': round(os.getloadavg()[0], 1),
-    'environment': compare.environment(),
-  }
   for wrapper in args.wrappers:
     for count in args.devices:
       flag = f'--xla_force_host_platform_device_count={count}'
@@ -151,8 +151,9 @@ def main():
         text=True,
       )
       row = json.loads(done.stdout.splitlines()[-1])
-      result['runs'].append(row | made)
-      print(json.dumps(row), flush=True)
+      row['environment']['command'] = compare.environment()['command']
+      result['runs'].append(row)
+      print(json.dumps(result['runs'][-1]), flush=True)
   if args.out:
     args.out.write_text(json.dumps(result, indent=1) + '\n')
 

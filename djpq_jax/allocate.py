@@ -337,9 +337,23 @@ def _fill(rounder: _Rounder, plan: compress.Plan):
       if rounder.load(changed) <= 1
     ]
     if not fitting:
-      return _trade(rounder, plan)
+      return _with_free(rounder, _trade(rounder, plan))
     plan = min(fitting, key=lambda pair: pair[0])[1]
-  return plan
+  return _with_free(rounder, plan)
+
+
+def _with_free(rounder: _Rounder, plan: compress.Plan):
+  """Takes back what the search had and the tightest budget does not count."""
+  while True:
+    load = rounder.load(plan)
+    free = [
+      (edge, changed)
+      for edge, changed in rounder.next_changes(plan)
+      if edge <= 0 and rounder.load(changed) <= load
+    ]
+    if not free:
+      return plan
+    plan = min(free, key=lambda pair: pair[0])[1]
 
 
 def _trade(rounder: _Rounder, plan: compress.Plan):

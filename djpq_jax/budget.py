@@ -1,7 +1,7 @@
-"""Reaches a stated BOPs budget during training, without coefficient search.
+"""Reaches a stated budget during training, without coefficient search.
 
-The strength of the BOPs term is a Lagrange multiplier.  A target falls
-geometrically from the model's first relative BOPs to the budget, and a
+The strength of the cost's term is a Lagrange multiplier.  A target falls
+geometrically from the model's first relative cost to the budget, and a
 proportional-integral controller on the logarithm of the multiplier follows
 it.  What is missing at the end `allocate` settles exactly, in whole channels
 and bits.
@@ -54,11 +54,11 @@ class Control:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Controller:
-  """Follows a falling target of relative BOPs.
+  """Follows a falling target of a relative cost, as that of BOPs.
 
   Attributes:
-    budget: relative BOPs to end at, in (0, 1).
-    start: relative BOPs to begin with.
+    budget: relative cost to end at, in (0, 1).
+    start: relative cost to begin with.
     steps: steps of the search.
     ramp: fraction of the steps after which the target is the budget.
     initial_strength: strength to begin with.
@@ -77,8 +77,8 @@ class Controller:
   def __post_init__(self):
     if not 0 < self.budget < 1:
       raise ValueError(
-        f'the budget is a fraction of the float32 BOPs, between 0 and 1; '
-        f'got {self.budget}'
+        'the budget is a fraction of what the float32 model costs, between 0 '
+        f'and 1; got {self.budget}'
       )
 
   def init(self) -> Control:
@@ -87,14 +87,14 @@ class Controller:
     return Control(log_strength=strength)
 
   def target(self, step):
-    """Relative BOPs aimed at in `step`."""
+    """Relative cost aimed at in `step`."""
     done = jnp.minimum(step / max(self.ramp * self.steps, 1.0), 1.0)
     low, high = np.log(self.budget), np.log(max(self.start, self.budget))
     return jnp.exp(high + (low - high) * done)
 
-  def update(self, control: Control, step, relative_bops):
+  def update(self, control: Control, step, relative):
     """Returns (strength for this step, the next state)."""
-    error = jnp.log(relative_bops / self.target(step))
+    error = jnp.log(relative / self.target(step))
     error = jax.lax.stop_gradient(jnp.clip(error, -1.0, 1.0))
     total = control.log_strength + self.integral / self.steps * error
     total = jnp.clip(total, *LOG_STRENGTH_RANGE)

@@ -10,6 +10,7 @@ import pathlib
 import shutil
 from typing import Any
 
+from djpq_jax import config as config_lib
 from djpq_jax import files
 
 CONFIG = 'config.json'
@@ -53,7 +54,9 @@ class Workdir:
       )
     if overwrite:
       return
-    changed = sorted(_differences(self._config_there(), self.config))
+    # What a config of an older version does not say was as it is by default.
+    before = _over(config_lib.default().to_dict(), self._config_there())
+    changed = sorted(_differences(before, self.config))
     if changed:
       raise ValueError(
         f'{self.path} already holds another experiment (it differs in '
@@ -108,6 +111,16 @@ class Workdir:
       return json.loads((self.path / 'report.json').read_text())
     except (OSError, ValueError):
       return None
+
+
+def _over(default: dict, given: dict) -> dict:
+  """`given`, with what it lacks from `default`."""
+  both = {
+    key: _over(default[key], value)
+    for key, value in given.items()
+    if isinstance(value, dict) and isinstance(default.get(key), dict)
+  }
+  return json.loads(json.dumps(default)) | given | both
 
 
 def _differences(a: dict, b: dict, prefix: str = ''):

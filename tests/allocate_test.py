@@ -153,6 +153,17 @@ def test_budgets_of_other_costs(name, budgets):
     assert plan.weight_bits == whole.weight_bits
 
 
+@pytest.mark.parametrize(
+  ('tight', 'loose'),
+  [({'macs': 0.4}, {'bops': 0.5}), ({'weights': 0.05}, {'bops': 0.9})],
+)
+@pytest.mark.parametrize('name', MODELS)
+def test_a_budget_that_is_met_anyway_costs_nothing(name, tight, loose):
+  net = shared(name)
+  found, expected = (allocate.plan(net, b) for b in (tight | loose, tight))
+  assert found.to_json() == expected.to_json()
+
+
 def test_budgets_that_cannot_be():
   net = shared('digits_cnn')
   with pytest.raises(ValueError, match='the float32 MACs cannot be reached'):

@@ -124,7 +124,7 @@ def test_the_strength_is_a_constant_to_the_gradient():
 
 @pytest.mark.parametrize('bad', [0.0, -0.1, 1.0, 2.0, float('nan')])
 def test_a_budget_is_a_fraction(bad):
-  with pytest.raises(ValueError, match='fraction of the float32 BOPs'):
+  with pytest.raises(ValueError, match='fraction of what the float32 model'):
     _controller(budget=bad)
 
 

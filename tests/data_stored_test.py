@@ -52,6 +52,25 @@ def batch(split, step=0, **kwargs):
   return data.train_batch(split, step, **kwargs)
 
 
+def test_a_part_that_is_held_out_is_read_as_itself(split):
+  rest, held = data.hold_out(split, 0.3)
+  whole = next(iter(data.eval_batches(split, TRAIN)))['image']
+  seen = []
+  for part in (rest, held):
+    found = next(iter(data.eval_batches(part, len(part))))['image']
+    assert found.shape == (len(part), *part.images.shape[1:])
+    np.testing.assert_array_equal(part.images[:].shape, part.images.shape)
+    for image in found:
+      same = [np.array_equal(image, other) for other in whole]
+      seen.append(same.index(True))
+    # Every training batch shows images of its own part alone.
+    labels = {int(i): int(n) for i, n in zip(seen[-len(part) :], part.labels)}
+    assert all(split.labels[i] == n for i, n in labels.items())
+  assert sorted(seen) == list(range(TRAIN))
+  one = data.train_batch(held, 0, batch_size=3, seed=0, augment=AUGMENT)
+  assert sorted(one['label']) == sorted(held.labels)
+
+
 def assert_same(a, b):
   assert a.keys() == b.keys()
   for key in a:

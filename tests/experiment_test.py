@@ -90,6 +90,7 @@ def test_keep_best_ends_with_the_best_look(
       found = experiment.load_artifact(tmp_path / f'{best}' / 'artifact')
       found = found.model
       assert report['history'][-1]['eval_accuracy'] == looks[-1]
+      assert report['best_steps']['float'] == [8, 16][best]
     else:
       found, _ = experiment.float_model(config)
     found = nnx.to_pure_dict(nnx.state(found, nnx.Param))
@@ -241,7 +242,8 @@ def test_without_training_and_budget(config, tmp_path):
     ({'method': 'two_stage', 'two_stage_macs': 1}, 'needs a budget, and two'),
     ({'keep_best': True}, 'keep_best needs evaluate_every, and a part of the'),
     ({'evaluate_every': 1e-4}, '0.0001 epochs, less than a step'),
-    ({'validation': 1e-4}, 'of 320 images would hold out 0'),
+    ({'validation': 1e-4, 'evaluate_every': 1.0}, 'images would hold out 0'),
+    ({'validation': 0.1}, 'validation holds images out .*: set evaluate_every'),
     ({'validation': 1.5}, 'validation takes a number from 0 to 1'),
     ({'bit_choices': (3,)}, 'none of the allowed bits .3,. is within'),
     ({'bit_choices': (3,), 'budget': 0}, 'none of the allowed bits'),

@@ -16,6 +16,7 @@ import sample_report
 from djpq_jax import report as report_lib
 from djpq_jax.report import chart
 from djpq_jax.report import curve_chart
+from djpq_jax.report import history
 from djpq_jax.report import page
 from djpq_jax.report import pareto_chart
 from djpq_jax.report import text
@@ -151,6 +152,27 @@ def test_names_are_text_and_nothing_else():
   assert EVIL in attributes(seen, 'data-tip')[0]
   drawn = [json.loads(tips) for tips in attributes(seen, 'data-tips')]
   assert any(EVIL in tip for tips in drawn for _, _, tip in tips)
+
+
+def test_budgets_of_other_costs():
+  run = sample_report.run(
+    budget=None,
+    budgets={'macs': 0.5, 'weights': 0.03},
+    relative_macs=0.49,
+    relative_weights=0.04,
+  )
+  seen = parsed(page.render([run, sample_report.run('other')])).text
+  assert '49 % of the MACs, ✓ within the budget of 50 %' in seen
+  assert '4 % of the weight bits, ✗ over the budget of 3 %' in seen
+  assert 'MACs 50 % ✓, weight bits 3 % ✗ over' in seen
+
+
+@pytest.mark.parametrize(
+  ('config', 'label'),
+  [({'validation': 0.1}, 'held out'), ({}, 'test'), ('configs/a.py', 'test')],
+)
+def test_whose_accuracy_the_curve_is(config, label):
+  assert history.watched({'config': config}) == label
 
 
 def test_an_over_run_budget_is_said():

@@ -86,6 +86,28 @@ def test_the_best_of_a_run_that_was_stopped(config, tmp_path):
   assert run(config, workdir) == expected
 
 
+def test_a_workdir_of_an_older_version_goes_on(config, tmp_path):
+  work = workdir_lib.Workdir(tmp_path, config)
+  work.claim()
+  before = json.loads((tmp_path / 'config.json').read_text())
+  del before['evaluate_every'], before['finetune']['rewind']
+  (tmp_path / 'config.json').write_text(json.dumps(before))
+  work.check()
+  changed = config_lib.change(config, finetune={'rewind': True})
+  with pytest.raises(ValueError, match=r'it differs in finetune\.rewind'):
+    workdir_lib.Workdir(tmp_path, changed).check()
+
+
+def test_saves_between_looks_say_nothing(tmp_path, capfd):
+  for keep_best in (False, True):
+    folder = tmp_path / str(keep_best)
+    with train.Checkpoints(folder, keep_best=keep_best) as checkpoints:
+      for step, accuracy in ((1, 0.5), (2, None)):
+        state = dataclasses.replace(fresh(), step=jnp.int32(step))
+        checkpoints.save(state, [], accuracy)
+  assert 'metric' not in capfd.readouterr().err
+
+
 def fresh(model=None):
   config = optim.OptimizerConfig()
   return train.init(

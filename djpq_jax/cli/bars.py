@@ -60,6 +60,9 @@ def note_of(phase: str, metrics: dict) -> str:
     bits = metrics['mean_weight_bits'], metrics['mean_act_bits']
     note += '  bits {:.1f}/{:.1f}'.format(*bits)
     note += f'  channels {metrics["kept_fraction"]:.0%}'
+    for name in ('macs', 'weights'):
+      if f'relative_{name}' in metrics:
+        note += f'  {name} {metrics[f"relative_{name}"]:.2%}'
   if 'eval_accuracy' in metrics:
     note += f'  right {metrics["eval_accuracy"]:.1%}'
   return note + f'  {metrics["images_per_second"]:,.0f} images/s'

@@ -107,6 +107,7 @@ def _print_preview(found: dict[str, Any], console) -> None:
     f'{share:.3%} of the {cost.COSTS[name]}'
     for name, share in found['budgets'].items()
   ]
+  held = found['held_out_images']
   steps = ', '.join(
     f'{count:,} {name}' for name, count in found['steps'].items()
   )
@@ -124,7 +125,8 @@ def _print_preview(found: dict[str, Any], console) -> None:
     (
       'data',
       f'{found["data"]}: {found["train_images"]:,} images to train, '
-      f'{found["test_images"]:,} to test, {height} x {width} x {channels}',
+      + (f'{held:,} held out, ' if held else '')
+      + f'{found["test_images"]:,} to test, {height} x {width} x {channels}',
     ),
     ('steps', f'{steps}, of {found["batch_size"]} images'),
     ('devices', f'{found["devices"]} x {found["device_kind"]}'),

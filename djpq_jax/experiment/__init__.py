@@ -147,10 +147,6 @@ def _check(run: setting.Run, model):
   config = run.config
   run.steps(0)  # checks the batch size
   run.batches(0)  # checks the augmentation
-  if config.evaluate_every and not run.steps(config.evaluate_every):
-    raise ValueError(
-      f'evaluate_every is {config.evaluate_every:.4g} epochs, less than a step'
-    )
   net, choices = phases.compressed(run, model), config.bit_choices or None
   if run.searches:
     allocate.check_reachable(net, run.budgets or {'bops': 1.0}, choices)

@@ -69,6 +69,7 @@ def deploy(run: setting.Run, hardened, workdir, float_accuracy, start):
     'config': config.to_dict(),
     'layers': [vars(row) for row in rows],
     'groups': groups(reloaded),
+    'best_steps': run.best_steps,
     'history': run.history,
   }
 

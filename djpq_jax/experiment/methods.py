@@ -6,6 +6,7 @@ from flax import nnx
 
 from djpq_jax import allocate
 from djpq_jax import compress
+from djpq_jax import graph as graph_lib
 from djpq_jax.experiment import phases
 from djpq_jax.experiment import setting
 
@@ -64,7 +65,8 @@ def two_stage(run: setting.Run, model) -> compress.Compressed:
   net = phases.search(run, net, model, budgets={'bops': budget}, epochs=epochs)
   second = allocate.plan(net, budget, config.bit_choices or None)
   if config.finetune.rewind:
-    net = _rewound(net, phases.compressed(run, pruned, [UNPRUNED]))
+    cut = graph_lib.slice_channels(model, structure.graph, first.open)
+    net = _rewound(net, phases.compressed(run, cut, [UNPRUNED]))
   net = compress.freeze(net, second, run.sample())
   # Seen from the dense model, both stages are one plan; no gates are left.
   net.structure = dataclasses.replace(

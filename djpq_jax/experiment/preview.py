@@ -41,6 +41,7 @@ def preview(
     'data': config.data.name,
     'train_images': len(run.train_split),
     'test_images': len(run.test_split),
+    'held_out_images': len(run.watched_split) if config.validation else 0,
     'image_shape': list(run.train_split.images.shape[1:]),
     'batch_size': config.batch_size,
     'devices': run.mesh().size,

@@ -68,6 +68,8 @@ def run_phase(run: setting.Run, name: str, state: train.TrainState, steps: int):
   with contextlib.ExitStack() as stack:
     home = run.float_dir if name == 'float' else run.workdir
     if home is None and keep_best:  # it has to be somewhere until the end
+      if jax.process_count() > 1:
+        raise ValueError('keep_best needs a workdir that all processes see')
       home = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
     if home is None or not steps:
       state = fit(state)
@@ -82,6 +84,7 @@ def run_phase(run: setting.Run, name: str, state: train.TrainState, steps: int):
       state = fit(state, lambda state, a: checkpoints.save(state, rows, a))
       if keep_best:
         state, _ = checkpoints.restore(state, best=True)
+        run.best_steps[name] = run.steps_done + int(state.step)
   run.steps_done += steps
   run.phases_done += 1
   return train.model_of(parallel.gather(state))

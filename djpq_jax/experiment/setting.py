@@ -46,6 +46,8 @@ class Run:
     history: metrics, one row per look.
     steps_done: of all phases that are finished.
     phases_done: how many there are.
+    best_steps: phase -> step over all phases that it ended with, where the
+      best one was kept.
   """
 
   config: Any
@@ -60,6 +62,7 @@ class Run:
   history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   steps_done: int = 0
   phases_done: int = 0
+  best_steps: dict[str, int] = dataclasses.field(default_factory=dict)
 
   def batches(
     self, seed: int, *, share: bool = False
@@ -177,6 +180,11 @@ def prepare(config, progress: Progress | None = None) -> Run:
       'choose by: set validation, for example to 0.1 (choosing by the test '
       'images would make their accuracy no measure of others)'
     )
+  if config.validation and not config.evaluate_every:
+    raise ValueError(
+      'validation holds images out to look at: set evaluate_every, for example '
+      'to 1, or validation to 0'
+    )
   _check_step(config)
   metrics.check(tensorboard=config.tensorboard)
   train_split, test_split = data.load(
@@ -187,13 +195,18 @@ def prepare(config, progress: Progress | None = None) -> Run:
   watched_split = test_split
   if config.validation:
     train_split, watched_split = data.hold_out(train_split, config.validation)
-  return Run(
+  run = Run(
     config,
     train_split,
     test_split,
     watched_split,
     progress or (lambda *_: None),
   )
+  if config.evaluate_every and not run.steps(config.evaluate_every):
+    raise ValueError(
+      f'evaluate_every is {config.evaluate_every:.4g} epochs, less than a step'
+    )
+  return run
 
 
 def _check_step(config) -> None:

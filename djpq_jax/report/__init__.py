@@ -5,9 +5,13 @@ A report is a dict. It always holds the keys in `KEYS`, and per layer those in
 
 * `float_bytes`: the size of the float32 parameters, in bytes;
 * per layer `in_size`, `out_size` (channels before pruning) and `float_macs`;
+* `budgets`: the largest of `relative_bops`, `relative_macs` and
+  `relative_weights` (bits of all kernels), by name without 'relative'; with it
+  these are in the report, too;
+* `best_steps`: phase -> the step that it ended with, where the best was kept;
 * `history`, one record per logged step: `step`, `phase`, and any of `loss`,
-  `accuracy`, `eval_accuracy`, `relative_bops`, `mean_weight_bits`,
-  `mean_act_bits`, `kept_fraction`;
+  `accuracy`, `eval_accuracy`, `relative_bops`, `relative_macs`,
+  `relative_weights`, `mean_weight_bits`, `mean_act_bits`, `kept_fraction`;
 * `groups`, one record per channel group: `name`, `size`, `kept`, `reason`
   (why it could not be pruned; None or empty if it could).
 

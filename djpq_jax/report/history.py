@@ -24,7 +24,9 @@ def series(
 
 def watched(report: Mapping[str, Any]) -> str:
   """Which images a report's `eval_accuracy` speaks of, in a word or two."""
-  return 'held out' if report['config'].get('validation') else 'test'
+  config = report['config']
+  held = isinstance(config, Mapping) and config.get('validation')
+  return 'held out' if held else 'test'
 
 
 def running_steps(history: Records) -> list[float]:

@@ -150,10 +150,15 @@ def _other_budget(report: Mapping[str, Any], name: str) -> str:
 
 
 def _budget_cell(report: Mapping[str, Any]) -> str:
-  if report['budget'] is None:
-    return 'none'
-  met = '✓' if report['relative_bops'] <= report['budget'] else '✗ over'
-  return f'{text.percent(report["budget"])} {met}'
+  budgets = dict(report.get('budgets') or {})
+  if report['budget'] is not None:
+    budgets['bops'] = report['budget']
+  cells = []
+  for name, budget in budgets.items():
+    met = '✓' if report[f'relative_{name}'] <= budget else '✗ over'
+    what = '' if name == 'bops' else f'{cost.COSTS[name]} '
+    cells.append(f'{what}{text.percent(budget)} {met}')
+  return ', '.join(cells) or 'none'
 
 
 def _made(report: Mapping[str, Any]) -> str:

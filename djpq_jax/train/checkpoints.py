@@ -3,6 +3,7 @@
     folder/
       120/state/     parameters, statistics, optimizer, key, controller
       120/history/   the metrics that were seen until then, as JSON
+      120/metrics/   the accuracy, where the best one is kept
       240/...
 
 Orbax writes a step under another name and renames it when all of it is there,
@@ -40,6 +41,7 @@ class Checkpoints:
 
   def __init__(self, folder, *, keep: int = 2, keep_best: bool = False):
     self.folder = folder
+    self._keep_best = keep_best
     kept = policies.LatestN(keep)
     if keep_best:
       best = policies.BestN(
@@ -48,7 +50,7 @@ class Checkpoints:
       kept = policies.AnyPreservationPolicy([kept, best])
     options = ocp.CheckpointManagerOptions(
       preservation_policy=kept,
-      best_fn=_accuracy,
+      best_fn=_accuracy if keep_best else None,
       cleanup_tmp_directories=True,
       enable_async_checkpointing=True,
     )
@@ -84,7 +86,9 @@ class Checkpoints:
       state=ocp.args.StandardSave(_tree(state)),
       history=ocp.args.JsonSave(list(history)),
     )
-    metrics = None if accuracy is None else {'accuracy': accuracy}
+    metrics = None
+    if self._keep_best:  # what was not measured is worse than all that was
+      metrics = {'accuracy': -1.0 if accuracy is None else accuracy}
     self._manager.save(step, args=args, metrics=metrics, force=True)
 
   def restore(
