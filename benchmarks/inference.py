@@ -70,6 +70,8 @@ def onnx_run(model, x, form: str, folder: pathlib.Path):
   done = export.export(model, path, x, format='onnx', batch=len(x), form=form)
   options = onnxruntime.SessionOptions()
   options.intra_op_num_threads = len(os.sched_getaffinity(0))
+  # Threads that wait busily would slow whoever has the next turn.
+  options.add_session_config_entry('session.intra_op.allow_spinning', '0')
   session = onnxruntime.InferenceSession(
     path, options, providers=['CPUExecutionProvider']
   )
