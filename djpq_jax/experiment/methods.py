@@ -33,8 +33,8 @@ def _rewound(
 ) -> compress.Compressed:
   """`fresh`, with what a plan does not say of the searched grids.
 
-  Noise, and bits that change from step to step, leave the searched weights
-  further from the float model than the plan needs them to be.
+  Noise, and bits that change from step to step, have moved the searched
+  weights away from the float model.
   """
   for new, old in zip(compress.hooks(fresh), compress.hooks(searched)):
     for kind in ('weight', 'act'):
