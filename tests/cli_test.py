@@ -499,7 +499,7 @@ def test_dry_run(config, tmp_path, capsys, monkeypatch):
   for text in (
     f'{9 * 6 + 2 * 6 + 96 * 3 + 3} parameters',
     f'{1024 * (16 * 9 * 6 + 96 * 3):,} (32 x 32 bits)',
-    '2.000% of them',
+    '2.000% of the BOPs, ',
     'tiny: 96 images to train, 50 to test, 4 x 4 x 1',
     '60 float, 120 search, 30 finetune, of 32 images',
     '1 x cpu',

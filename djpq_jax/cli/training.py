@@ -103,10 +103,12 @@ def carry_out(
 
 def _print_preview(found: dict[str, Any], console) -> None:
   height, width, channels = found['image_shape']
-  budgets = [
-    f'{share:.3%} of the {cost.COSTS[name]}'
-    for name, share in found['budgets'].items()
-  ]
+  budgets = []
+  for name, share in found['budgets'].items():
+    budget = f'{share:.3%} of the {cost.COSTS[name]}'
+    if f'float_{name}' in found:
+      budget += f', {share * found[f"float_{name}"]:,.0f}'
+    budgets.append(budget)
   held = found['held_out_images']
   steps = ', '.join(
     f'{count:,} {name}' for name, count in found['steps'].items()
@@ -116,7 +118,7 @@ def _print_preview(found: dict[str, Any], console) -> None:
     ('MACs', f'{found["float_macs"]:,}'),
     ('BOPs', f'{found["float_bops"]:,} (32 x 32 bits)'),
     ('method', found['method']),
-    ('budget', ', '.join(budgets) or 'none'),
+    ('budget', '; '.join(budgets) or 'none'),
     (
       'channels',
       f'{found["prunable_groups"]} of {found["groups"]} groups can be pruned; '
