@@ -23,6 +23,7 @@ import compare
 import jax
 import jax.numpy as jnp
 import numpy as np
+import step_cost
 
 from djpq_jax import budget as budget_lib
 from djpq_jax import compress
@@ -66,11 +67,7 @@ def seconds_of(fn, rounds: int) -> float:
 def measure(name: str, count: int, wrapper: str, steps: int) -> dict:
   """The step of the search on all devices of this process."""
   model = models.create(name)
-  rng = np.random.default_rng(0)
-  batch = {
-    'image': rng.standard_normal((count, *model.input_shape), np.float32),
-    'label': rng.integers(0, 10, count, np.int32),
-  }
+  batch = step_cost.random_batch(model, count)
   net = compress.compress(model, (), batch['image'][:8])
   controller = budget_lib.Controller(budget=0.01, start=0.06, steps=1000)
   objective = train.Objective(noisy=True, controller=controller)

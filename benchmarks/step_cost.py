@@ -53,15 +53,20 @@ class Contestant:
     return float(np.median(self.seconds[WARM_UP:]))
 
 
+def random_batch(model, count: int) -> dict[str, np.ndarray]:
+  """Images and labels that a model takes."""
+  rng = np.random.default_rng(0)
+  return {
+    'image': rng.standard_normal((count, *model.input_shape), np.float32),
+    'label': rng.integers(0, 10, count, np.int32),
+  }
+
+
 def measure(name: str, size: int | None, count: int, steps: int) -> list[dict]:
   """The three phases of one model at one batch size."""
   kwargs = {'input_shape': (size, size, 3)} if size else {}
   model = models.create(name, **kwargs)
-  rng = np.random.default_rng(0)
-  batch = {
-    'image': rng.standard_normal((count, *model.input_shape), np.float32),
-    'label': rng.integers(0, 10, count, np.int32),
-  }
+  batch = random_batch(model, count)
   net = compress.compress(model, (), batch['image'][:8])
   controller = budget_lib.Controller(budget=0.01, start=0.06, steps=1000)
   plan = allocate.uniform(net, 4, 4)

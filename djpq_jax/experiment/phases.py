@@ -102,8 +102,7 @@ def search_state(
     kl_weight=phase.kl_weight,
     strength=phase.strength,
     controller=controller,
-    # BOPs alone are what is led to a budget in any case.
-    budgets=budgets if budgets and [*budgets] != ['bops'] else None,
+    budgets=budgets,
     ramp_steps=round(phase.ramp * steps),
   )
   return train.init(

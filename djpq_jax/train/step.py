@@ -147,12 +147,11 @@ def _cost(model, state: state_lib.TrainState):
   program, objective = state.program, state.program.objective
   if not program.compressed:
     return 0.0, state.control, {}
-  relative = losses.relative_bops(model)
-  metrics = {'relative_bops': relative} | _summary(model)
-  if objective.budgets:
-    costs = losses.relative_costs(model)
-    metrics |= {f'relative_{name}': costs[name] for name in objective.budgets}
-    relative = budget_lib.tightest(costs, objective.budgets)
+  costs = losses.relative_costs(model)
+  budgets = objective.budgets or {'bops': 1.0}
+  relative = budget_lib.tightest(costs, budgets)
+  metrics = {f'relative_{name}': costs[name] for name in ('bops', *budgets)}
+  metrics |= _summary(model)
   ramp = jnp.float32(1)
   if objective.ramp_steps:
     ramp = jnp.minimum(1.0, (state.step + 1) / objective.ramp_steps)
