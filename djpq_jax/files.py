@@ -1,34 +1,147 @@
-"""Files that are there whole or not at all."""
+"""Files and folders, of this machine or of an object store.
 
+A path with a scheme, as 'gs://bucket/run', is one of an object store.  It has
+the methods of `pathlib.Path` that are used here, by way of `etils.epath`,
+which is also how orbax gets to its checkpoints.
+"""
+
+from collections.abc import Iterator
+import contextlib
 import os
 import pathlib
 import secrets
+import shutil
+import tempfile
+from typing import Any
+
+from etils import epath
+
+from djpq_jax import packages
 
 PARTIAL = '.partial'  # ends the name of what is not complete yet
 
 
-def replace(path: str | os.PathLike[str], content: str | bytes) -> pathlib.Path:
+def path(name: str | os.PathLike[str]) -> pathlib.Path:
+  """The path of a file or folder, wherever it is.
+
+  Args:
+    name: of this machine, or of an object store, as 'gs://bucket/run'.
+
+  Raises:
+    ImportError: the package for that store is not installed.
+    ValueError: there is no such kind of store.
+  """
+  text = os.fspath(name)
+  scheme, separator, rest = text.partition('://')
+  if not separator:
+    return pathlib.Path(text)
+  if scheme != 'gs' or not rest.strip('/'):
+    raise ValueError(
+      f'{text} is neither a path of this machine nor of the form gs://bucket/...'
+    )
+  packages.require('gcsfs', extra='gcs', use='paths of Google Cloud Storage')
+  there: Any = epath.Path(text)
+  return there
+
+
+def is_remote(path: pathlib.Path) -> bool:
+  """Whether a path is one of an object store."""
+  return '://' in os.fspath(path)
+
+
+def absolute(path: pathlib.Path) -> pathlib.Path:
+  """The path from the root; one of an object store is."""
+  return path if is_remote(path) else path.absolute()
+
+
+def replace(name: str | os.PathLike[str], content: str | bytes) -> pathlib.Path:
   """Writes a file; one that is there stays until the new one is complete.
 
   Args:
-    path: of the file; its folder is created if missing.
+    name: of the file; its folder is created if missing.
     content: text, written as UTF-8, or bytes.
 
   Returns:
     The path.
   """
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
+  where = path(name)
   if isinstance(content, str):
     content = content.encode()
+  if is_remote(where):  # a store has an object whole or not at all
+    where.write_bytes(content)
+    return where
+  where.parent.mkdir(parents=True, exist_ok=True)
   # In the same folder, since a rename is atomic within a file system only.
   # And of its own, since others may write the same file.
   token = f'{os.getpid()}-{secrets.token_hex(4)}'
-  partial = path.with_name(f'{path.name}.{token}{PARTIAL}')
+  partial = where.with_name(f'{where.name}.{token}{PARTIAL}')
   try:
     partial.write_bytes(content)
-    os.replace(partial, path)
+    os.replace(partial, where)
   except BaseException:
     partial.unlink(missing_ok=True)
     raise
-  return path
+  return where
+
+
+def remove(path: pathlib.Path) -> None:
+  """Removes a file, a link, or a folder with all that is in it."""
+  if is_remote(path):
+    there: Any = path
+    there.rmtree() if path.is_dir() else path.unlink()
+  elif path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path)
+  else:
+    path.unlink()
+
+
+@contextlib.contextmanager
+def to_write(folder: pathlib.Path, last: str) -> Iterator[pathlib.Path]:
+  """A folder to fill, which then takes the place of `folder`.
+
+  What is there stays until all is written.  In an object store, which renames
+  no folder, it then goes, and the file `last` comes after all others: without
+  it the folder is not complete.
+
+  Args:
+    folder: what to make or to replace.
+    last: name of the file in it that comes last.
+  """
+  if not is_remote(folder):
+    partial = folder.with_name(folder.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    if folder.exists():
+      shutil.rmtree(folder)
+    os.replace(partial, folder)
+    return
+  with tempfile.TemporaryDirectory() as name:
+    here = pathlib.Path(name)
+    yield here
+    if folder.exists():
+      remove(folder)
+    found = [f.relative_to(here) for f in here.rglob('*') if f.is_file()]
+    for file in sorted(found, key=lambda f: (f == pathlib.Path(last), f)):
+      (folder / file).write_bytes((here / file).read_bytes())
+
+
+@contextlib.contextmanager
+def to_read(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """The folder itself, or a copy of one that is in an object store."""
+  if not is_remote(folder):
+    yield folder.absolute()
+    return
+  with tempfile.TemporaryDirectory() as name:
+    here = pathlib.Path(name) / folder.name
+    _fetch(folder, here)
+    yield here
+
+
+def _fetch(folder: pathlib.Path, here: pathlib.Path) -> None:
+  here.mkdir()
+  for file in folder.iterdir():
+    if file.is_dir():
+      _fetch(file, here / file.name)
+    else:
+      (here / file.name).write_bytes(file.read_bytes())

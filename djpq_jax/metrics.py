@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 import json
 import pathlib
-import shutil
 from typing import Any
 
+from djpq_jax import files
 from djpq_jax import packages
 
 Row = Mapping[str, Any]
@@ -27,17 +27,24 @@ class Log:
 
   def __init__(self, folder: pathlib.Path, *, tensorboard: bool = False):
     self._path = folder / 'metrics.jsonl'
-    self._path.write_text('', encoding='utf-8')
+    self._lines: list[str] = []
+    self._path.write_text('')
     self._events = None
     events = folder / 'tensorboard'
-    shutil.rmtree(events, ignore_errors=True)
+    if events.exists():
+      files.remove(events)
     if tensorboard:
       self._events = _event_writer(events)
 
   def write(self, rows: Sequence[Row]) -> None:
     """Adds rows: 'phase', 'step' over all phases, and numbers by name."""
-    with open(self._path, 'a', encoding='utf-8') as file:
-      file.writelines(json.dumps(row) + '\n' for row in rows)
+    lines = [json.dumps(row) + '\n' for row in rows]
+    if files.is_remote(self._path):  # nothing can be added to an object
+      self._lines += lines
+      self._path.write_text(''.join(self._lines))
+    else:
+      with open(self._path, 'a', encoding='utf-8') as file:
+        file.writelines(lines)
     if self._events is None:
       return
     for row in rows:

@@ -7,7 +7,6 @@ with it the experiment is finished.
 
 import json
 import pathlib
-import shutil
 from typing import Any
 
 from djpq_jax import config as config_lib
@@ -94,10 +93,7 @@ class Workdir:
       for path in self._found():
         if path.name == CONFIG:
           continue  # stays till the end: it says that all this may go
-        if path.is_dir() and not path.is_symlink():
-          shutil.rmtree(path)
-        else:
-          path.unlink()
+        files.remove(path)
     if self.claimed and not overwrite:
       return
     for path in self._claims():

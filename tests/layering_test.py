@@ -34,7 +34,9 @@ class Row(NamedTuple):
 # and cost do without, so that all they need is JAX.
 TABLE = (
   # Small helpers: packages that may be missing, whole files, looks inside.
-  Row('packages files taps machine', '', ''),
+  Row('packages taps machine', '', ''),
+  # etils reaches object stores as orbax does.
+  Row('files', 'packages', 'etils'),
   Row('stablehlo', '', 'jax'),
   Row('ops', '', 'jax'),
   Row('cost', '', 'jax'),
@@ -77,7 +79,7 @@ TABLE = (
     'jax numpy flax.nnx',
   ),
   Row('train', 'ABOVE', 'jax numpy optax flax.nnx chex orbax'),
-  Row('metrics', 'packages', ''),
+  Row('metrics', 'packages files', ''),
   # One experiment, from a config to a report: composition and nothing else.
   Row('experiment', 'ABOVE', 'jax numpy optax flax.nnx ml_collections'),
   # The folder of an experiment, and the signals that stop one.

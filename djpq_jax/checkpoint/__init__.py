@@ -16,9 +16,7 @@ read a program for six months; arrays and manifest do not age.
 
 from collections.abc import Mapping
 import importlib.metadata
-import os
 import pathlib
-import shutil
 from typing import Any
 
 from flax import nnx
@@ -73,7 +71,6 @@ def save(
     input_shape: of one example, as (8, 8, 1).
     more: further JSON-ready facts for the manifest, as accuracy.
   """
-  folder = pathlib.Path(folder).absolute()
   # Few arrays, for each costs hundreds of bytes on disk.
   parts: dict[str, list[np.ndarray]] = {}
   entries: dict[str, str] = {}
@@ -112,7 +109,10 @@ def save(
     'program': reason or program_lib.FILE_NAME,
     'arrays': entries,
   }
-  _write(folder, manifest, arrays, code)
+  with files.to_write(
+    files.absolute(files.path(folder)), manifest_lib.FILE_NAME
+  ) as partial:
+    _write(partial, manifest, arrays, code)
 
 
 def _signed(model) -> dict[str, bool]:
@@ -124,9 +124,6 @@ def _signed(model) -> dict[str, bool]:
 
 
 def _write(folder: pathlib.Path, manifest, arrays, code: bytes | None) -> None:
-  partial = folder.with_name(folder.name + files.PARTIAL)
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
   this = jax.process_index()  # of many processes, the one that writes
   alone = ocp.options.MultiprocessingOptions(
     primary_host=this,
@@ -134,15 +131,12 @@ def _write(folder: pathlib.Path, manifest, arrays, code: bytes | None) -> None:
     barrier_sync_key_prefix='artifact' if jax.process_count() > 1 else None,
   )
   with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
-    checkpointer.save(partial / 'arrays', arrays)
+    checkpointer.save(folder / 'arrays', arrays)
   if code is not None:
-    (partial / program_lib.FILE_NAME).write_bytes(code)
-  sha256 = manifest_lib.content_hash(manifest, partial)
+    (folder / program_lib.FILE_NAME).write_bytes(code)
+  sha256 = manifest_lib.content_hash(manifest, folder)
   text = manifest_lib.to_text({**manifest, 'sha256': sha256})
-  (partial / manifest_lib.FILE_NAME).write_text(text + '\n')
-  if folder.exists():
-    shutil.rmtree(folder)
-  os.replace(partial, folder)
+  (folder / manifest_lib.FILE_NAME).write_text(text + '\n')
 
 
 def load(folder, dense) -> harden.HardenedModel:
@@ -185,7 +179,7 @@ def load_program(folder) -> program_lib.Program:
   manifest, arrays = _read(folder)
   if manifest['program'] != program_lib.FILE_NAME:
     raise ArtifactError(f'{folder} has no program: {manifest["program"]}')
-  path = pathlib.Path(folder) / program_lib.FILE_NAME
+  path = files.path(folder) / program_lib.FILE_NAME
   try:
     values = _unpacked(manifest['arrays'], arrays)
     return program_lib.Program(path.read_bytes(), values)
@@ -200,15 +194,20 @@ def load_program(folder) -> program_lib.Program:
 def _read(folder) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   """The manifest and the arrays, once the hash of all is right."""
   manifest = read_manifest(folder)
-  folder = pathlib.Path(folder).absolute()
-  if not (folder / 'arrays').is_dir():
-    raise ArtifactError(f'{folder} is incomplete: it has no arrays')
-  if manifest_lib.content_hash(manifest, folder) != manifest['sha256']:
-    raise ArtifactError(
-      f'{folder} was altered or is incomplete: its files do not have the hash '
-      'that the manifest states'
-    )
-  return manifest, _read_arrays(folder / 'arrays')
+  with files.to_read(files.path(folder)) as here:
+    if not (here / 'arrays').is_dir():
+      raise ArtifactError(f'{folder} is incomplete: it has no arrays')
+    if manifest_lib.content_hash(manifest, here) != manifest['sha256']:
+      raise ArtifactError(
+        f'{folder} was altered or is incomplete: its files do not have the '
+        'hash that the manifest states'
+      )
+    try:
+      return manifest, _read_arrays(here / 'arrays')
+    except Exception as error:  # orbax and tensorstore raise many kinds
+      raise ArtifactError(
+        f'the arrays of {folder} are damaged: {_first_line(error)}'
+      ) from error
 
 
 def _unpacked(specs, arrays) -> dict[str, np.ndarray]:
@@ -273,13 +272,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-  try:
-    with ocp.StandardCheckpointer() as checkpointer:
-      tree = checkpointer.metadata(path).item_metadata.tree
-      target = {k: np.empty(v.shape, v.dtype) for k, v in tree.items()}
-      restored = checkpointer.restore(path, target)
-  except Exception as error:  # orbax and tensorstore raise many kinds
-    raise ArtifactError(f'{path} is damaged: {_first_line(error)}') from error
+  with ocp.StandardCheckpointer() as checkpointer:
+    tree = checkpointer.metadata(path).item_metadata.tree
+    target = {k: np.empty(v.shape, v.dtype) for k, v in tree.items()}
+    restored = checkpointer.restore(path, target)
   return {k: np.asarray(v) for k, v in restored.items()}
 
 
@@ -331,5 +327,5 @@ def _skeleton(manifest, dense) -> harden.HardenedModel:
 
 def size_bytes(folder) -> int:
   """Bytes of all files of an artifact."""
-  found = pathlib.Path(folder).rglob('*')
-  return sum(f.stat().st_size for f in found if f.is_file())
+  with files.to_read(files.path(folder)) as here:
+    return sum(f.stat().st_size for f in here.rglob('*') if f.is_file())

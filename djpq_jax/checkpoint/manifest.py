@@ -6,6 +6,7 @@ import json
 import pathlib
 from typing import Any
 
+from djpq_jax import files
 from djpq_jax.checkpoint import program
 
 FORMAT = 'djpq_jax hardened model'
@@ -26,7 +27,7 @@ def read_manifest(folder) -> dict[str, Any]:
     ArtifactError: there is none, it is damaged, foreign or from a newer
       version.
   """
-  path = pathlib.Path(folder) / FILE_NAME
+  path = files.path(folder) / FILE_NAME
   try:
     manifest = json.loads(path.read_text())
   except FileNotFoundError:

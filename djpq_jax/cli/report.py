@@ -51,10 +51,10 @@ def add_command(commands) -> None:
 
 
 def _run(args) -> None:
-  given = [pathlib.Path(run) for run in args.runs]
+  given = [files.path(run) for run in args.runs]
   folders = _unique([folder for run in given for folder in _folders(run)])
   home = given[0] if len(given) == 1 else pathlib.Path()
-  out = pathlib.Path(args.out) if args.out else home / report_lib.PAGE_NAME
+  out = files.path(args.out) if args.out else home / report_lib.PAGE_NAME
   if out.is_dir():
     raise ValueError(f'{out} is a folder; --out takes the file of the page')
   reports = [_read(folder) for folder in folders]
@@ -135,7 +135,11 @@ def _folders(run: pathlib.Path) -> list[pathlib.Path]:
 
 def _unique(folders: Sequence[pathlib.Path]) -> list[pathlib.Path]:
   """Each folder once, in order."""
-  return list({folder.resolve(): folder for folder in folders}.values())
+  return list({_whole(folder): folder for folder in folders}.values())
+
+
+def _whole(folder: pathlib.Path) -> pathlib.Path:
+  return folder if files.is_remote(folder) else folder.resolve()
 
 
 def _read(folder: pathlib.Path) -> dict:
@@ -157,7 +161,7 @@ def _names(folders: Sequence[pathlib.Path]) -> list[str]:
   >>> _names([pathlib.Path('/a/x/seed0'), pathlib.Path('/a/y/seed0')])
   ['x/seed0', 'y/seed0']
   """
-  parts = [folder.resolve().parts for folder in folders]
+  parts = [_whole(folder).parts for folder in folders]
   for length in range(1, max(map(len, parts)) + 1):
     names = ['/'.join(part[-length:]) for part in parts]
     if len(set(names)) == len(names):

@@ -70,7 +70,7 @@ def _run(args) -> None:
   console = rich.console.Console(quiet=not parallel.is_first())
   # The folder stands for all budgets, so that more can be added later.
   home = workdir.Workdir(
-    pathlib.Path(args.workdir), config_lib.change(base, budget=0.0)
+    files.path(args.workdir), config_lib.change(base, budget=0.0)
   )
   home.check(overwrite=args.overwrite)
   experiment.check(base)  # the smallest budget is the hardest to reach

@@ -10,6 +10,7 @@ import rich.console
 from djpq_jax import config as config_lib
 from djpq_jax import cost
 from djpq_jax import experiment
+from djpq_jax import files
 from djpq_jax import interruption
 from djpq_jax import parallel
 from djpq_jax import report as report_lib
@@ -35,7 +36,7 @@ def add_command(commands) -> None:
 def _run(args) -> None:
   config = config_lib.load(args.config, args.set)
   options.join_cluster(args)
-  work = workdir.Workdir(pathlib.Path(args.workdir), config)
+  work = workdir.Workdir(files.path(args.workdir), config)
   work.check(overwrite=args.overwrite)
   console = rich.console.Console(quiet=not parallel.is_first())
   if args.dry_run:

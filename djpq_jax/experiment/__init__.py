@@ -16,6 +16,7 @@ from typing import Any
 
 from djpq_jax import allocate
 from djpq_jax import evaluation
+from djpq_jax import files
 from djpq_jax import harden
 from djpq_jax import metrics
 from djpq_jax import parallel
@@ -109,7 +110,7 @@ def run(
     train.Interrupted: `stop` said so.
   """
   start = time.monotonic()
-  workdir = pathlib.Path(workdir)
+  workdir = files.path(workdir)
   this, model, _ = _prepared(config, progress)
   if ready is not None:
     ready()

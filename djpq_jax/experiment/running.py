@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from djpq_jax import data
+from djpq_jax import files
 from djpq_jax import parallel
 from djpq_jax import train
 from djpq_jax.experiment import setting
@@ -76,7 +77,7 @@ def run_phase(run: setting.Run, name: str, state: train.TrainState, steps: int):
     else:
       folder = home / 'checkpoints' / f'{run.phases_done}-{name}'
       checkpoints = stack.enter_context(
-        train.Checkpoints(folder.absolute(), keep_best=keep_best)
+        train.Checkpoints(files.absolute(folder), keep_best=keep_best)
       )
       state, before = checkpoints.restore(state)
       rows += before

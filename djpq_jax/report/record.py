@@ -61,7 +61,7 @@ def write(
   problem = _problem(plain)
   if problem:
     raise ValueError(f'the report {problem}')
-  return files.replace(pathlib.Path(folder) / FILE_NAME, _dumps(plain))
+  return files.replace(files.path(folder) / FILE_NAME, _dumps(plain))
 
 
 def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
     FileNotFoundError: there is no report.
     ValueError: the file is truncated, or is not a report.
   """
-  path = pathlib.Path(folder)
+  path = files.path(folder)
   path = path if path.suffix == '.json' else path / FILE_NAME
   if not path.is_file():
     raise FileNotFoundError(

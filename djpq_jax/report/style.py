@@ -5,10 +5,12 @@ nothing touches pyplot, its windows or its global state. The colours are those
 of Okabe and Ito, which colour-blind eyes tell apart.
 """
 
+import io
 import os
 import pathlib
 from typing import Any
 
+from djpq_jax import files
 from djpq_jax import packages
 
 BLUE, ORANGE, GREEN, RED = '#0072B2', '#E69F00', '#009E73', '#D55E00'
@@ -78,7 +80,6 @@ def short(name: str, width: int = 26) -> str:
 
 def save(figure: Any, path: str | os.PathLike[str]) -> pathlib.Path:
   """Writes a figure as a PNG; makes its folder if it is missing."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=DPI, format='png')
-  return path
+  picture = io.BytesIO()
+  figure.savefig(picture, dpi=DPI, format='png')
+  return files.replace(path, picture.getvalue())
