@@ -10,9 +10,9 @@ Several costs can have a budget each.  A plan's load is then the largest of its
 costs over their budgets: 1 where the tightest budget is just met.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -76,6 +76,46 @@ def uniform(model: compress.Compressed, weight_bits: int, act_bits: int):
   )
 
 
+def even_bits(model: compress.Compressed, budget: Budget) -> float:
+  """The bits that all grids together can have within a budget.
+
+  Args:
+    model: compressed; all its channels count.
+    budget: as that of `plan`.
+
+  Returns:
+    Real-valued bits, within 1 and 16; each grid has them within its bounds.
+  """
+  rounder = _Rounder(model, None, _by_name(budget))
+  bounds = {
+    (kind, path): getattr(operands, kind).bounds
+    for path, _, operands in compress.hooks(model)
+    if operands.weight is not None
+    for kind in ('weight', 'act')
+  }
+
+  def load(bits: float) -> float:
+    given: dict[str, dict[str, Any]] = {'weight': {}, 'act': {}}
+    for (kind, path), (low, high) in bounds.items():
+      given[kind][path] = min(max(bits, low), high)
+    even = compress.Plan(
+      open={}, weight_bits=given['weight'], act_bits=given['act']
+    )
+    return rounder.load(even)
+
+  return _largest(lambda bits: load(bits) <= 1, 1.0, compress.MAX_BITS)
+
+
+def _largest(fits: Callable[[float], bool], low: float, high: float) -> float:
+  """The largest number that fits, by bisection; `low` if none does."""
+  if fits(high):
+    return high
+  for _ in range(50):
+    middle = (low + high) / 2
+    low, high = (middle, high) if fits(middle) else (low, middle)
+  return low
+
+
 def plan(
   model: compress.Compressed,
   budget: Budget | None,
@@ -103,14 +143,8 @@ def plan(
     return _Rounder(model, choices, {'bops': 1.0}).at(0.0)
   check_reachable(model, budget, choices)
   rounder = _Rounder(model, choices, _by_name(budget))
-  low, high = -40.0, 40.0
-  if rounder.load(rounder.at(high)) <= 1:
-    return rounder.at(high)
-  for _ in range(50):
-    middle = (low + high) / 2
-    fits = rounder.load(rounder.at(middle)) <= 1
-    low, high = (middle, high) if fits else (low, middle)
-  return _fill(rounder, rounder.at(low))
+  slack = _largest(lambda s: rounder.load(rounder.at(s)) <= 1, -40.0, 40.0)
+  return _fill(rounder, rounder.at(slack))
 
 
 def reachable(
@@ -182,7 +216,7 @@ class _Rounder:
         bounds = getattr(operands, kind).bounds
         self.allowed[kind, path] = _allowed(bounds, choices, path, kind)
     self.groups = {g.name: g for g in self.structure.groups}
-    self.counts = _Counts(self.structure)
+    self.counts = compress.PlanCosts(self.structure)
 
   def real_bits(self, kind: str, path: str) -> float:
     """Bits of one tensor as the search left them."""
@@ -252,67 +286,6 @@ class _Rounder:
         edge = -self.found.log_alpha[name][added].min() / LOG_ALPHA_PER_BIT
         changed = dict(plan.open) | {name: more}
         yield edge, dataclasses.replace(plan, open=changed)
-
-
-class _Counts:
-  """Relative costs of many plans, in float64: sums over layers."""
-
-  def __init__(self, structure: compress.Structure):
-    self.structure = structure
-    layers = structure.graph.layers.values()
-    self.macs = structure.graph.float_macs
-    self.weights = sum(layer.weights for layer in layers)
-    self.fixed_macs = sum(m for _, m in structure.graph.other_macs)
-    self.rows = [
-      (
-        layer.path,
-        layer.macs,
-        layer.weights,
-        self._channels(layer.in_group, layer.in_channel),
-        None
-        if layer.depthwise
-        else self._channels(layer.out_group, layer.out_channel),
-      )
-      for layer in layers
-    ]
-
-  def _channels(self, group, channel):
-    """[(group name, channels)] of those with gates, and how many in all."""
-    gated = set(self.structure.gated)
-    parts = [
-      (self.structure.groups[g].name, channel[group == g])
-      for g in np.unique(group)
-      if g in gated
-    ]
-    return parts, len(group)
-
-  def relative(self, plan: compress.Plan) -> dict[str, float]:
-    """By name, as `cost.relative`."""
-
-    def share(channels):
-      if channels is None:
-        return 1.0
-      parts, total = channels
-      closed = sum(
-        np.count_nonzero(~plan.open[name][index])
-        for name, index in parts
-        if name in plan.open
-      )
-      return 1 - closed / total
-
-    left_macs, size = float(self.fixed_macs), 0.0
-    bops = 32 * 32 * left_macs
-    for path, macs, weights, into, out in self.rows:
-      kept = share(into) * share(out)
-      weight_bits = plan.weight_bits.get(path, 32)
-      left_macs += macs * kept
-      bops += macs * kept * weight_bits * plan.act_bits.get(path, 32)
-      size += weights * kept * weight_bits
-    return {
-      'bops': bops / (32 * 32 * self.macs),
-      'macs': left_macs / self.macs,
-      'weights': size / max(32 * self.weights, 1),
-    }
 
 
 def _allowed(bounds, choices, path, kind) -> np.ndarray:

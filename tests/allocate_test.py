@@ -211,7 +211,7 @@ def test_a_budget_out_of_reach_says_how_far_it_goes(choices):
 @pytest.mark.parametrize('name', MODELS)
 def test_the_fast_count_is_the_exact_one(name):
   net = shared(name)
-  counts = allocate._Counts(net.structure)
+  counts = compress.PlanCosts(net.structure)
   rng = np.random.default_rng(0)
   layers = list(net.structure.graph.layers)
   for _ in range(3):
@@ -233,6 +233,29 @@ def test_the_fast_count_is_the_exact_one(name):
     for kind, value in expected.items():
       np.testing.assert_allclose(found[kind], value, rtol=1e-12)
     assert relative(net, plan) == exact / total
+
+
+@pytest.mark.parametrize('budgets', [{'bops': 0.03}, {'weights': 0.15}])
+def test_even_bits_just_meet_a_budget(budgets):
+  net = searched('resnet20')
+  bits = allocate.even_bits(net, budgets)
+  for hook in compress.hooks(net):
+    for kind in ('weight', 'act'):
+      quantizer = getattr(hook.operands, kind)
+      low, high = quantizer.bounds
+      step = -np.log(2.0 ** (np.clip(bits, low, high) - quantizer.signed) - 1)
+      quantizer.log_step.set_value(jnp.float32(step))
+  for gate in net.gates:
+    gate.log_sigma2.set_value(jnp.full(gate.size, -9.0))
+  (name, share), *_ = budgets.items()
+  found = cost.relative(compress.usage(net))[name]
+  np.testing.assert_allclose(found, share, rtol=1e-4)
+
+
+def test_even_bits_beyond_all_bounds():
+  net = searched('lenet5')
+  assert allocate.even_bits(net, 0.9) == compress.MAX_BITS
+  assert allocate.even_bits(net, 1e-6) == 1
 
 
 # -- what is taken first ------------------------------------------------------

@@ -695,6 +695,24 @@ def test_the_clip_has_the_least_squared_error(bits):
 
 
 @standard_promotion
+def test_all_grids_get_the_same_bits_and_clips_for_them():
+  chain = built('chain')
+  rule = compress.Rule(pattern='conv2', weight_bits=(5, 8), exponent=True)
+  net = chain.compress(rule)
+  compress.restrict(net, (2, 3, 5, 8))
+  before = operands_of(net)['conv1'].weight
+  compress.regrid(net, 3.0, chain.x)
+  found = operands_of(net)
+  assert float(found['conv2'].weight.bits()) == pytest.approx(5, abs=1e-4)
+  assert found['conv2'].weight.log_exponent is not None
+  after = found['conv1'].weight
+  assert float(after.bits()) == pytest.approx(3, abs=1e-4)
+  assert after.log_clip[...] < before.log_clip[...]
+  assert after.bounds == before.bounds
+  assert after.choices == before.choices
+
+
+@standard_promotion
 @pytest.mark.parametrize(
   ('name', 'pruned'),
   [

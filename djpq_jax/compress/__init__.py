@@ -6,12 +6,14 @@ cut, bits are fixed, and what is left is a smaller model to finetune.
 """
 
 from djpq_jax.compress.accounting import FLOAT_BITS as FLOAT_BITS
+from djpq_jax.compress.accounting import PlanCosts as PlanCosts
 from djpq_jax.compress.accounting import planned_usage as planned_usage
 from djpq_jax.compress.accounting import usage as usage
 from djpq_jax.compress.attach import assemble as assemble
 from djpq_jax.compress.attach import attach_operands as attach_operands
 from djpq_jax.compress.attach import calibrate as calibrate
 from djpq_jax.compress.attach import compress as compress
+from djpq_jax.compress.attach import regrid as regrid
 from djpq_jax.compress.attach import restrict as restrict
 from djpq_jax.compress.frozen import fold_gates as fold_gates
 from djpq_jax.compress.frozen import freeze as freeze

@@ -113,3 +113,68 @@ def planned_usage(
   return uses + [
     dataclasses.replace(u, **exact) for u in _other_uses(structure.graph)
   ]
+
+
+class PlanCosts:
+  """Relative costs of many plans of one structure, in float64.
+
+  Args:
+    structure: of the model that has all its channels.
+  """
+
+  def __init__(self, structure: structure_lib.Structure):
+    self.structure = structure
+    layers = structure.graph.layers.values()
+    self.macs = structure.graph.float_macs
+    self.weights = sum(layer.weights for layer in layers)
+    self.fixed_macs = sum(m for _, m in structure.graph.other_macs)
+    self.rows = [
+      (
+        layer.path,
+        layer.macs,
+        layer.weights,
+        self._channels(layer.in_group, layer.in_channel),
+        None
+        if layer.depthwise
+        else self._channels(layer.out_group, layer.out_channel),
+      )
+      for layer in layers
+    ]
+
+  def _channels(self, group, channel):
+    """[(group name, channels)] of those with gates, and how many in all."""
+    gated = set(self.structure.gated)
+    parts = [
+      (self.structure.groups[g].name, channel[group == g])
+      for g in np.unique(group)
+      if g in gated
+    ]
+    return parts, len(group)
+
+  def relative(self, plan: structure_lib.Plan) -> dict[str, float]:
+    """Costs by name, as `cost.relative` has them; bits may be real-valued."""
+
+    def share(channels):
+      if channels is None:
+        return 1.0
+      parts, total = channels
+      closed = sum(
+        np.count_nonzero(~plan.open[name][index])
+        for name, index in parts
+        if name in plan.open
+      )
+      return 1 - closed / total
+
+    left_macs, size = float(self.fixed_macs), 0.0
+    bops = FLOAT_BITS**2 * left_macs
+    for path, macs, weights, into, out in self.rows:
+      kept = share(into) * share(out)
+      weight_bits = plan.weight_bits.get(path, FLOAT_BITS)
+      left_macs += macs * kept
+      bops += macs * kept * weight_bits * plan.act_bits.get(path, FLOAT_BITS)
+      size += weights * kept * weight_bits
+    return {
+      'bops': bops / (FLOAT_BITS**2 * self.macs),
+      'macs': left_macs / self.macs,
+      'weights': size / max(FLOAT_BITS * self.weights, 1),
+    }

@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from djpq_jax import graph as graph_lib
 from djpq_jax import layers
+from djpq_jax.compress import clips
 from djpq_jax.compress import structure as structure_lib
 from djpq_jax.compress import wrapped
 
@@ -62,7 +62,7 @@ def assemble(
       return None
     kernel = modules[path].kernel[...]
     return layers.Quantizer(
-      weight_clip(kernel),
+      clips.of_kernel(kernel),
       float(np.clip(bits, *settings.weight_bits)),
       signed=True,
       bounds=settings.weight_bits,
@@ -113,15 +113,6 @@ def attach_operands(
     modules[path].promote_dtype = nnx.data(operands)
 
 
-def weight_clip(kernel, out_axis: int | None = None):
-  """The largest magnitude of a kernel, or of each of its output channels."""
-  axes = tuple(a for a in range(kernel.ndim) if a != out_axis)
-  if out_axis is None:
-    axes = tuple(range(kernel.ndim))
-  largest = jnp.max(jnp.abs(kernel), axis=axes, keepdims=out_axis is not None)
-  return jnp.where(largest > 0, largest, 1.0)
-
-
 def restrict(model: wrapped.Compressed, choices: Sequence[int]) -> None:
   """Lets a model that is searched have no other bits than these, in place.
 
@@ -136,6 +127,54 @@ def restrict(model: wrapped.Compressed, choices: Sequence[int]) -> None:
         low, high = quantizer.bounds
         within = [float(b) for b in choices if low <= b <= high]
         quantizer.choices = tuple(sorted(within))
+
+
+def regrid(model: wrapped.Compressed, bits: float, *args) -> None:
+  """Gives all grids the same bits, within their bounds, in place.
+
+  Args:
+    model: compressed, and not frozen.
+    bits: of each grid, real-valued.
+    *args: a batch of inputs, on which the clips are fitted to the bits.
+  """
+  inputs = wrapped.inputs_of(model, *args)
+  for path, module, operands in wrapped.hooks(model):
+    if operands.weight is not None:
+      operands.weight = nnx.data(
+        at_bits(operands.weight, bits, [module.kernel[...]])
+      )
+      operands.act = nnx.data(at_bits(operands.act, bits, inputs[path]))
+
+
+def at_bits(
+  quantizer, bits: float, tensors, clip=None, *, fixed: bool = False
+) -> layers.Quantizer:
+  """A quantizer of the same kind, its clip (or clips) of least squared error.
+
+  Args:
+    quantizer: of one tensor.
+    bits: that it gets; within its bounds, unless they are `fixed`.
+    tensors: values that it quantizes, of any shapes.
+    clip: what to begin with, by default its own; see `clips.of_least_error`.
+    fixed: whether the bits stay as they are.
+  """
+  if not fixed:
+    bits = float(np.clip(bits, *quantizer.bounds))
+  _, found, exponent = quantizer.grid()
+  clip = np.asarray(found if clip is None else clip)
+  if quantizer.log_exponent is None:  # else the grid is no copy of the tensor
+    levels = 2.0 ** (bits - quantizer.signed) - 1
+    clip = clips.of_least_error(clip, levels, tensors)
+  return layers.Quantizer(
+    clip,
+    bits,
+    signed=quantizer.signed,
+    bounds=(bits, bits) if fixed else quantizer.bounds,
+    learn_exponent=quantizer.log_exponent is not None,
+    fixed=fixed,
+    exponent=exponent,
+    choices=() if fixed else quantizer.choices,
+  )
 
 
 def _act_quantizer(settings, bits, clip, *, signed) -> layers.Quantizer:

@@ -8,10 +8,9 @@ import numpy as np
 from djpq_jax import graph as graph_lib
 from djpq_jax import layers
 from djpq_jax.compress import attach
+from djpq_jax.compress import clips
 from djpq_jax.compress import structure as structure_lib
 from djpq_jax.compress import wrapped
-
-CLIP_SAMPLES = 100_000  # values of a tensor that a clip is fitted to
 
 
 def freeze(
@@ -48,51 +47,18 @@ def freeze(
       continue
     kernel, clip = module.kernel[...], None
     if structure.layers[path].per_channel:
-      clip = attach.weight_clip(kernel, structure.graph.layers[path].out_axis)
+      clip = clips.of_kernel(kernel, structure.graph.layers[path].out_axis)
     operands.weight = nnx.data(
-      _fixed(operands.weight, plan.weight_bits[path], kernel, clip=clip)
+      attach.at_bits(
+        operands.weight, plan.weight_bits[path], [kernel], clip, fixed=True
+      )
     )
     operands.act = nnx.data(
-      _fixed(operands.act, plan.act_bits[path], *inputs[path])
+      attach.at_bits(
+        operands.act, plan.act_bits[path], inputs[path], fixed=True
+      )
     )
   return frozen
-
-
-def _fixed(quantizer, bits: int, *tensors, clip=None) -> layers.Quantizer:
-  """The quantizer at `bits`, its clip (or clips) of least squared error."""
-  _, found, exponent = quantizer.grid()
-  clip = np.asarray(found if clip is None else clip)
-  if quantizer.log_exponent is None:  # else the grid is no copy of the tensor
-    clip = _best_clip(clip, 2.0 ** (bits - quantizer.signed) - 1, tensors)
-  return layers.Quantizer(
-    clip,
-    bits,
-    signed=quantizer.signed,
-    bounds=(bits, bits),
-    learn_exponent=quantizer.log_exponent is not None,
-    fixed=True,
-    exponent=exponent,
-  )
-
-
-def _best_clip(clip: np.ndarray, levels: float, tensors) -> np.ndarray:
-  """Searches a factor on the clip, for each grid of its own."""
-  if clip.ndim:  # one grid per output channel: one column each
-    axis = clip.shape.index(clip.size)
-    x = np.moveaxis(np.asarray(tensors[0], np.float32), axis, -1)
-    x = x.reshape(-1, clip.size)
-  else:
-    x = np.concatenate([np.ravel(np.asarray(t, np.float32)) for t in tensors])
-    x = x[:: max(1, x.size // CLIP_SAMPLES), None]
-  best, least = clip.ravel(), np.full(clip.size, np.inf, np.float32)
-  for scale in np.geomspace(0.2, 1.5, 32):
-    edge = clip.ravel() * np.float32(scale)
-    step = edge / np.float32(levels)
-    rounded = step * np.round(np.clip(x, -edge, edge) / step)
-    error = np.square(rounded - x).sum(axis=0)
-    best = np.where(error < least, edge, best)
-    least = np.minimum(error, least)
-  return best.reshape(clip.shape)
 
 
 def fold_gates(model: wrapped.Compressed):

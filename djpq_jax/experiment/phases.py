@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from flax import nnx
 import jax
 
+from djpq_jax import allocate
 from djpq_jax import budget as budget_lib
 from djpq_jax import compress
 from djpq_jax import evaluation
@@ -20,6 +21,9 @@ from djpq_jax import optim
 from djpq_jax import train
 from djpq_jax.experiment import running
 from djpq_jax.experiment import setting
+
+FULL_BITS = 8.0  # of grids that nearly copy their tensors
+HEADROOM = 1.15  # over the budgets, for the bits that a search begins with
 
 Budgets: TypeAlias = Mapping[str, float] | None  # see `setting.Run.budgets`
 
@@ -72,8 +76,23 @@ def search(
 ):
   """Learns channels and bits; a controller leads them to the budgets."""
   steps = run.steps(epochs)
+  _begin(run, model, budgets)
   state = search_state(run, model, teacher, budgets=budgets, steps=steps)
   return running.run_phase(run, 'search', state, steps)
+
+
+def _begin(run: setting.Run, model: compress.Compressed, budgets: Budgets):
+  """Brings the bits near to where the search will lead them, in place.
+
+  What weights learn at bits that they will not have is of little use to them.
+  """
+  bits = run.config.search.bits
+  if budgets and bits < FULL_BITS:
+    even = allocate.even_bits(
+      model, {name: HEADROOM * share for name, share in budgets.items()}
+    )
+    bits = min(max(bits, even), FULL_BITS)
+    compress.regrid(model, bits, run.sample())
 
 
 def search_state(
