@@ -26,6 +26,8 @@ def get_config():
   config.budget = 0.01
 
   config.search.epochs = 3.0
+  config.search.bits = 3.0
+  config.search.ramp = 0.3
   config.search.distill = 0.5
   config.search.temperature = 2.0
   config.search.optimizer.learning_rate = 1e-3

@@ -157,6 +157,9 @@ class Quantizer(nnx.Module):
 
   def __call__(self, x):
     """Quantizes `x`, of any shape; the result has its shape and dtype."""
+    if self.fixed_bits is not None and self.log_exponent is None:
+      clip = jnp.exp(self.log_clip[...])
+      return quantize.quantize_lsq(x, clip, self.fixed_bits, signed=self.signed)
     step, clip, exponent = self.grid()
     return quantize.quantize(x, step, clip, exponent, signed=self.signed)
 

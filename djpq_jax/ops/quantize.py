@@ -65,12 +65,47 @@ def quantize(x, step_size, clip, exponent=1.0, *, signed=True, floor=0.0):
   >>> float(jax.grad(quantize, argnums=2)(jnp.array(3.0), 0.25, 1.0))
   1.0
   """
+  if _is_one(exponent):
+    x, step, clip, floor, unit = _operands(
+      x, step_size=step_size, clip=clip, floor=floor, unit=_unit(step_size)
+    )
+    return _uniform(x, unit, step, clip, floor, bool(signed))
   x, step, clip, exponent, floor = _operands(
     x, step_size=step_size, clip=clip, exponent=exponent, floor=floor
   )
-  if exponent is None:
-    return _uniform(x, step, clip, floor, bool(signed))
   return _warped(x, step, clip, exponent, floor, bool(signed))
+
+
+def quantize_lsq(x, clip, bits, *, signed=True):
+  """The quantizer of a fixed number of bits: only its clip is learned.
+
+  ``quantize(x, step_for_bits(bits, clip), clip)``, whose step moves with the
+  clip: the learned step size of LSQ (Esser et al. 2020).  Values and
+  derivatives are those of that formula, in one pass over x instead of two::
+
+      d x_q / d clip = (x_q - x) / clip   inside, x_q / clip   outside
+
+  Args:
+    x: floating array of any shape.
+    clip: largest magnitude kept, > 0, in units of x; broadcasts to x.
+    bits: a Python number, > 1 if signed and > 0 if not.
+    signed: whether negative values have levels; static.
+
+  Returns:
+    Array of x's shape and dtype.
+
+  Raises:
+    TypeError: x is not floating.
+    ValueError: a parameter does not broadcast to x.
+
+  >>> quantize_lsq(jnp.array([-2.0, 0.3, 0.8]), 1.0, 3)
+  Array([-1.        ,  0.33333334,  0.6666667 ], dtype=float32)
+  """
+  step = clip / (2.0 ** (bits - signed) - 1)
+  x, step, clip, unit = _operands(
+    x, step_size=step, clip=clip, unit=_unit(clip)
+  )
+  return _lsq(x, unit, step, clip, bool(signed))
 
 
 def quantize_to_int(
@@ -161,29 +196,74 @@ def step_for_bits(bits, clip, exponent=1.0, *, signed=True, floor=0.0):
   return span / (jnp.exp2(bits - int(signed)) - 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _uniform(x, step, clip, floor, signed):
-  """The quantizer for exponent 1; operands of one shape."""
-  return (step * _level(x, step, clip, None, floor, signed)).astype(x.dtype)
+def _unit(parameter):
+  """One, whose derivative is that of the parameter's logarithm.
+
+  What is summed over a tensor is then free of the parameter itself, which
+  some compilers would spread over the tensor first.
+  """
+  parameter = jnp.asarray(parameter, _compute_dtype(parameter))
+  return parameter / jax.lax.stop_gradient(parameter)
 
 
-def _uniform_fwd(x, step, clip, floor, signed):
-  return _uniform(x, step, clip, floor, signed), (x, step, clip, floor)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _uniform(x, unit, step, clip, floor, signed):
+  """The quantizer for exponent 1; operands of one shape.
+
+  The derivative to the step's logarithm goes to `unit`, none to `step`.
+  """
+  return _uniform_fwd(x, unit, step, clip, floor, signed)[0]
+
+
+def _uniform_fwd(x, unit, step, clip, floor, signed):
+  del unit
+  x_q = step * _level(x, step, clip, None, floor, signed)
+  # A layer keeps its input anyway, unless that has another dtype.
+  kept = x_q if x.dtype == x_q.dtype else None
+  return x_q.astype(x.dtype), (x, kept, step, clip, floor)
 
 
 def _uniform_bwd(signed, residuals, g):
-  x, step, clip, floor = residuals
+  x, x_q, step, clip, floor = residuals
+  if x_q is None:
+    x_q = step * _level(x, step, clip, None, floor, signed)
   size, sign = _size_and_sign(x.astype(step.dtype), signed)
-  level = _magnitude(size, clip, floor) * (1 / step)
   above = size > clip
   d_x = jnp.where(_inside(x, above, signed), g, jnp.zeros_like(g))
-  g = g.astype(step.dtype) * sign
-  d_step = g * (jnp.round(level) - level)
-  d_clip = jnp.where(above, g, 0)
-  return d_x, d_step, d_clip, None
+  g = g.astype(step.dtype)
+  # From what is stored: what the way forth computes must not be shared with
+  # the way back, for then it is written to memory.
+  d_unit = g * (x_q - sign * _magnitude(size, clip, floor))
+  d_clip = jnp.where(above, g * sign, 0)
+  return d_x, d_unit, None, d_clip, None
 
 
 _uniform.defvjp(_uniform_fwd, _uniform_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _lsq(x, unit, step, clip, signed):
+  """The quantizer whose step and clip both move with `unit`."""
+  return _lsq_fwd(x, unit, step, clip, signed)[0]
+
+
+def _lsq_fwd(x, unit, step, clip, signed):
+  x_q, (*kept, _) = _uniform_fwd(x, unit, step, clip, 0, signed)
+  return x_q, kept
+
+
+def _lsq_bwd(signed, residuals, g):
+  x, x_q, step, clip = residuals
+  if x_q is None:
+    x_q = step * _level(x, step, clip, None, 0, signed)
+  wide = x.astype(step.dtype)
+  inside = _inside(x, _size_and_sign(wide, signed)[0] > clip, signed)
+  d_x = jnp.where(inside, g, jnp.zeros_like(g))
+  d_unit = g.astype(step.dtype) * (x_q - jnp.where(inside, wide, 0))
+  return d_x, d_unit, None, None
+
+
+_lsq.defvjp(_lsq_fwd, _lsq_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -279,7 +359,7 @@ def _operands(x, **params):
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise TypeError(f'x must be floating, not {x.dtype}')
   dtype = _compute_dtype(x)
-  if _is_one(params['exponent']):
+  if _is_one(params.get('exponent')):
     params['exponent'] = None
   arrays = {
     k: None if v is None else jnp.asarray(v, dtype) for k, v in params.items()

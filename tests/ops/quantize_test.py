@@ -144,6 +144,35 @@ def test_gradients_in_closed_form(sign):
   np.testing.assert_allclose(got[3], sign * u * log, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize('signed', SIGNED)
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('bits', [2, 4, 8])
+@pytest.mark.parametrize('per_channel', [False, True])
+def test_lsq_is_the_quantizer_whose_step_follows_its_clip(
+  per_channel, bits, dtype, signed
+):
+  clip = jnp.asarray([1.0, 0.5, 2.0, 1.0, 1.5]) if per_channel else 1.3
+  x = jnp.concatenate([_random((32, 5)), _edges().reshape(4, 5)]).astype(dtype)
+  weight = _random(x.shape, seed=1)
+
+  def lsq(x, clip):
+    return quantize.quantize_lsq(x, clip, bits, signed=signed)
+
+  def general(x, clip):
+    step = clip / (2.0 ** (bits - signed) - 1)
+    return quantize.quantize(x, step, clip, signed=signed)
+
+  np.testing.assert_array_equal(lsq(x, clip), general(x, clip))
+
+  def gradients(f):
+    loss = lambda *args: jnp.sum(weight * f(*args).astype(jnp.float32))
+    return jax.grad(loss, (0, 1))(x, jnp.float32(clip))
+
+  got, want = gradients(lsq), gradients(general)
+  np.testing.assert_array_equal(got[0], want[0])
+  np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-5)
+
+
 def test_unsigned_drops_negative_values_and_their_gradient():
   x = jnp.asarray([-3.0, -0.3, 0.3])
   grad = jax.grad(
@@ -165,8 +194,9 @@ def test_a_traced_exponent_of_one_gives_the_same(floor, signed):
   np.testing.assert_array_equal(fast, f(x, 0.0937, 1.3, jnp.float32(1.0)))
   fast = _all_grads(f, x, *_full(x, 0.0937, 1.3), 1.0)
   general = _all_grads(f, x, *_full(x, 0.0937, 1.3, 1.0))
+  # One takes the rounding error from what it stored, one rounds once more.
   for a, b in zip(fast, general, strict=False):
-    np.testing.assert_allclose(a, b, rtol=1e-6)
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_the_fast_kernel_has_no_powers():
@@ -258,7 +288,7 @@ def test_vmap_over_data_and_parameters(exponent):
 
   got = jax.jit(jax.vmap(grad))(x, step)
   want = jnp.stack([grad(*row) for row in zip(x, step, strict=True)])
-  np.testing.assert_allclose(got, want, rtol=1e-6)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 def _mesh(axis_type=jax.sharding.AxisType.Auto):
