@@ -76,6 +76,12 @@ def uniform(model: compress.Compressed, weight_bits: int, act_bits: int):
   )
 
 
+def counted_bits(budgets: Mapping[str, float]) -> set[str]:
+  """Whose bits the budgets count: 'weight', 'act', both or neither."""
+  kinds = {'bops': {'weight', 'act'}, 'weights': {'weight'}, 'macs': set()}
+  return set().union(*(kinds[name] for name in budgets))
+
+
 def even_bits(model: compress.Compressed, budget: Budget) -> float:
   """The bits that all grids together can have within a budget.
 
@@ -203,9 +209,8 @@ class _Rounder:
     self, model: compress.Compressed, choices, budgets: Mapping[str, float]
   ):
     self.budgets = budgets
-    # What the slack moves besides channels: bits that a budget counts.
-    self.moved = {'weight'} if budgets.keys() & {'bops', 'weights'} else set()
-    self.moved |= {'act'} if 'bops' in budgets else set()
+    # What the slack moves besides channels.
+    self.moved = counted_bits(budgets)
     self.found = read(model)
     self.structure = model.structure
     self.allowed = {}

@@ -14,8 +14,10 @@ from djpq_jax import config as config_lib
 from djpq_jax import evaluation
 from djpq_jax import experiment
 from djpq_jax import graph as graph_lib
+from djpq_jax import losses
 from djpq_jax import models
 from djpq_jax import train
+from djpq_jax.experiment import phases
 from djpq_jax.experiment import running
 from djpq_jax.experiment import setting
 
@@ -171,6 +173,27 @@ def test_two_stage(config, tmp_path):
     other = lambda rngs: tiny.make(tiny.Normed, seed=77)
     patch.setitem(models.MODELS, 'tiny', other)
     check_report(report, tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('budgets', 'expected'),
+  [
+    ({'budget': 0.02}, 0.02 * phases.HEADROOM),
+    ({'budget': 0.005}, (3 / 32) ** 2),  # what three bits cost
+    ({'budget': 0.2}, (8 / 32) ** 2),  # no more than the default has
+    ({'budget': 0.0, 'budget_macs': 0.5}, (8 / 32) ** 2),
+    ({'budget': 0.0, 'budget_weights': 0.05}, 8 / 32 * 3 / 32),
+  ],
+)
+def test_a_search_begins_near_its_budget(config, budgets, expected):
+  config = untrained(config, search={'epochs': 0, 'bits': 3.0}, **budgets)
+  run = setting.prepare(config, None)
+  model = setting.dense_model(run)
+  wide = compress.Rule(pattern='*', weight_bits=(2, 8), act_bits=(2, 8))
+  net = phases.compressed(run, model, [wide])
+  net = phases.search(run, net, model, budgets=run.budgets, epochs=0.0)
+  found = float(losses.relative_bops(net))
+  np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_uniform(config, tmp_path):

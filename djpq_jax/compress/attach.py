@@ -1,6 +1,6 @@
 """Attaches gates and quantizers to a copy of any nnx model."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from flax import nnx
 import jax
@@ -129,20 +129,26 @@ def restrict(model: wrapped.Compressed, choices: Sequence[int]) -> None:
         quantizer.choices = tuple(sorted(within))
 
 
-def regrid(model: wrapped.Compressed, bits: float, *args) -> None:
+def regrid(
+  model: wrapped.Compressed,
+  bits: float,
+  *args,
+  kinds: Collection[str] = ('weight', 'act'),
+) -> None:
   """Gives all grids the same bits, within their bounds, in place.
 
   Args:
     model: compressed, and not frozen.
     bits: of each grid, real-valued.
     *args: a batch of inputs, on which the clips are fitted to the bits.
+    kinds: of which grids, those of kernels or of inputs.
   """
   inputs = wrapped.inputs_of(model, *args)
   for path, module, operands in wrapped.hooks(model):
-    if operands.weight is not None:
-      operands.weight = nnx.data(
-        at_bits(operands.weight, bits, [module.kernel[...]])
-      )
+    if operands.weight is not None and 'weight' in kinds:
+      kernel = module.kernel[...]
+      operands.weight = nnx.data(at_bits(operands.weight, bits, [kernel]))
+    if operands.act is not None and 'act' in kinds:
       operands.act = nnx.data(at_bits(operands.act, bits, inputs[path]))
 
 

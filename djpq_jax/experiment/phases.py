@@ -87,12 +87,13 @@ def _begin(run: setting.Run, model: compress.Compressed, budgets: Budgets):
   What weights learn at bits that they will not have is of little use to them.
   """
   bits = run.config.search.bits
-  if budgets and bits < FULL_BITS:
+  kinds = allocate.counted_bits(budgets or {})
+  if kinds and bits < FULL_BITS:
     even = allocate.even_bits(
       model, {name: HEADROOM * share for name, share in budgets.items()}
     )
     bits = min(max(bits, even), FULL_BITS)
-    compress.regrid(model, bits, run.sample())
+    compress.regrid(model, bits, run.sample(), kinds=kinds)
 
 
 def search_state(
