@@ -26,7 +26,6 @@ def get_config():
   config.budget = 0.01
 
   config.search.epochs = 3.0
-  config.search.bits = 3.0
   config.search.ramp = 0.3
   config.search.distill = 0.5
   config.search.temperature = 2.0

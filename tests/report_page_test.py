@@ -165,6 +165,19 @@ def test_budgets_of_other_costs():
   assert '49 % of the MACs, ✓ within the budget of 50 %' in seen
   assert '4 % of the weight bits, ✗ over the budget of 3 %' in seen
   assert 'MACs 50 % ✓, weight bits 3 % ✗ over' in seen
+  assert 'Weight bits, % of float32' not in seen  # no record of it
+
+
+def test_curves_of_other_costs():
+  rows = [
+    {'step': step, 'phase': 'search', 'loss': 1.0, 'relative_weights': 0.1}
+    for step in range(3)
+  ]
+  run = sample_report.run(
+    budgets={'weights': 0.03}, relative_weights=0.02, history=rows
+  )
+  seen = parsed(page.render([run])).text
+  assert 'Weight bits, % of float32' in seen
 
 
 @pytest.mark.parametrize(

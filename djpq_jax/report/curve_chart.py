@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from typing import Any
 
+from djpq_jax import cost
 from djpq_jax.report import chart
 from djpq_jax.report import history as history_lib
 from djpq_jax.report import text
@@ -64,20 +65,10 @@ def _plans(report: Mapping[str, Any], history: history_lib.Records):
     show='{:.4g}'.format,
     axis=lambda every, later: chart.vertical(*_loss_range(later or every)),
   )
-  budget = report['budget']
-  yield _Plan(
-    key='bops',
-    title='BOPs, % of float32',
-    series=[_Series(key='relative_bops', label='model', colour='blue')],
-    show=lambda value: text.percent(value / 100),
-    axis=lambda every, later: chart.vertical(
-      *chart.padded_log([v for v in every if v > 0] or [1]), log=True
-    ),
-    scale=100,
-    references=[(100 * budget, f'budget {text.percent(budget)}', 'red')]
-    if budget
-    else (),
-  )
+  yield _cost('bops', report['budget'])
+  for name, budget in (report.get('budgets') or {}).items():
+    if name != 'bops':
+      yield _cost(name, budget)
   yield _Plan(
     key='bits',
     title='Mean bits',
@@ -116,6 +107,24 @@ def _plans(report: Mapping[str, Any], history: history_lib.Records):
       (100 * report['float_accuracy'], 'float32, test', 'grey'),
       (100 * report['accuracy'], 'hardened, test', 'red'),
     ],
+  )
+
+
+def _cost(name: str, budget: float | None) -> _Plan:
+  """One relative cost against its budget, if it has one."""
+  title = f'{cost.COSTS[name]}, % of float32'
+  return _Plan(
+    key=name,
+    title=title[0].upper() + title[1:],
+    series=[_Series(key=f'relative_{name}', label='model', colour='blue')],
+    show=lambda value: text.percent(value / 100),
+    axis=lambda every, later: chart.vertical(
+      *chart.padded_log([v for v in every if v > 0] or [1]), log=True
+    ),
+    scale=100,
+    references=[(100 * budget, f'budget {text.percent(budget)}', 'red')]
+    if budget
+    else (),
   )
 
 

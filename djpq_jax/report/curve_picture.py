@@ -5,6 +5,7 @@ import os
 import pathlib
 from typing import Any
 
+from djpq_jax import cost
 from djpq_jax.report import history as history_lib
 from djpq_jax.report import style
 from djpq_jax.report import text
@@ -35,7 +36,7 @@ def plot_curves(
   figure = style.figure(text.verdict(report), 6.8)
   (accuracy, bops), (bits, kept) = figure.subplots(2, 2, sharex=True)
   _draw_accuracy(accuracy, steps, report)
-  _draw_bops(bops, steps, history, report['budget'])
+  _draw_costs(bops, steps, report)
   _draw_mean_bits(bits, steps, history)
   _draw_kept(kept, steps, history)
   bits.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
@@ -78,26 +79,32 @@ def _draw_accuracy(
   style.title(axes, 'Accuracy, %', lift=10)
 
 
-def _draw_bops(
-  axes: Any,
-  steps: Sequence[float],
-  history: Records,
-  budget: float | None,
+def _draw_costs(
+  axes: Any, steps: Sequence[float], report: Mapping[str, Any]
 ) -> None:
+  """BOPs, and what else has a budget, each with its budget dashed."""
   from matplotlib import ticker
 
-  x, y = history_lib.series(steps, history, 'relative_bops', 100)
-  axes.plot(x, y, color=style.BLUE, lw=1.5, label='model')
-  if budget:
-    label = f'budget {text.percent(budget)}'
-    axes.axhline(100 * budget, color=style.RED, lw=1.2, ls='--', label=label)
+  budgets = {'bops': report['budget'], **(report.get('budgets') or {})}
+  alone = len(budgets) == 1
+  for (name, budget), colour in zip(
+    budgets.items(), (style.BLUE, style.ORANGE, style.GREEN)
+  ):
+    x, y = history_lib.series(steps, report['history'], f'relative_{name}', 100)
+    said = 'model' if alone else cost.COSTS[name]
+    axes.plot(x, y, color=colour, lw=1.5, label=said)
+    if budget:
+      label = f'budget {text.percent(budget)}'
+      colour = style.RED if alone else colour
+      axes.axhline(100 * budget, color=colour, lw=1.2, ls='--', label=label)
   axes.set_yscale('log')
   low, high = axes.get_ylim()
   digits = (1, 2, 5) if high < 300 * low else (1,)
   axes.yaxis.set_major_locator(ticker.LogLocator(subs=digits))
   axes.yaxis.set_major_formatter(lambda value, _: f'{value:g}')
   axes.yaxis.set_minor_formatter(lambda value, _: '')
-  style.title(axes, 'BOPs, % of float32', lift=10)
+  what = 'BOPs' if alone else 'Costs'
+  style.title(axes, f'{what}, % of float32', lift=10)
 
 
 def _draw_mean_bits(
