@@ -32,6 +32,8 @@ CONTROLS = {
   'W3A3': {'method': 'uniform', 'uniform_bits': (3, 3)},
   'W2A2': {'method': 'uniform', 'uniform_bits': (2, 2)},
 }
+# A search that begins where grids nearly copy their tensors.
+FROM_8_BITS = {'search': {'bits': 8.0, 'ramp': 0.7}}
 NO_PRUNING = {'pattern': '*', 'prune': False}
 
 
@@ -49,11 +51,11 @@ def contestants(base, budgets, shares=()):
   for budget in budgets:
     at = f'@{budget:.3%}'
     rows[f'DJPQ {at}'] = {'budget': budget}
-    if base.finetune.rewind:
-      rows[f'DJPQ not rewound {at}'] = {
-        'budget': budget,
-        'finetune': {'rewind': False},
-      }
+    rows[f'DJPQ from 8 bits {at}'] = FROM_8_BITS | {'budget': budget}
+    rows[f'DJPQ from 8 bits, rewound {at}'] = FROM_8_BITS | {
+      'budget': budget,
+      'finetune': {'rewind': True},
+    }
     rows[f'DJPQ-restrict {at}'] = {
       'budget': budget,
       'bit_choices': (2, 4, 8, 16, 32),

@@ -28,6 +28,7 @@ SMALL = {
   'digits_cnn': {},
   'lenet5': dict(input_shape=(8, 8, 1)),
   'vgg7': dict(channels=(4, 8), hidden=8, input_shape=(8, 8, 3)),
+  'resnet8': dict(input_shape=(8, 8, 3)),
   'resnet20': dict(input_shape=(8, 8, 3)),
   'resnet56': dict(input_shape=(4, 4, 1)),
   'resnet32': dict(input_shape=(4, 4, 1)),
@@ -136,6 +137,7 @@ class CostTest(parameterized.TestCase):
     self.assertEqual(sum(table_macs(LENET5)), 12_273_152)
 
   @parameterized.parameters(
+    ('resnet8', 75_290),
     ('resnet20', 269_722),
     ('resnet32', 464_154),
     ('resnet44', 658_586),
@@ -163,6 +165,7 @@ class CallTest(parameterized.TestCase):
   @parameterized.parameters(
     ('digits_cnn', (8, 8, 1)),
     ('lenet5', (28, 28, 1)),
+    ('resnet8', (32, 32, 3)),
     ('resnet20', (32, 32, 3)),
     ('resnet32', (32, 32, 3)),
     ('resnet44', (32, 32, 3)),

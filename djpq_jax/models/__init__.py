@@ -26,6 +26,7 @@ MODELS: dict[str, Callable[..., nnx.Module]] = {
   'vgg7': vgg.VGG7,
   'vgg11': vgg.vgg11,
   'vgg16': vgg.vgg16,
+  'resnet8': resnet.resnet8,
   'resnet20': resnet.resnet20,
   'resnet32': resnet.resnet32,
   'resnet44': resnet.resnet44,

@@ -100,6 +100,16 @@ def _stage(blocks, inputs, outputs, stride, *, rngs):
   return nnx.List([first, *rest])
 
 
+def resnet8(
+  num_classes: int = 10,
+  input_shape: Sequence[int] = (32, 32, 3),
+  *,
+  rngs: nnx.Rngs,
+) -> CifarResNet:
+  """The CIFAR ResNet of depth 8, the smallest one."""
+  return CifarResNet(num_classes, 8, input_shape, rngs=rngs)
+
+
 def resnet20(
   num_classes: int = 10,
   input_shape: Sequence[int] = (32, 32, 3),
