@@ -19,6 +19,7 @@ import tiny
 from djpq_jax import cli
 from djpq_jax import config as config_lib
 from djpq_jax import experiment
+from djpq_jax import files
 from djpq_jax import interruption
 from djpq_jax import optim
 from djpq_jax import report as report_lib
@@ -335,7 +336,7 @@ def test_overwriting_that_is_cut_off_can_be_repeated(
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(workdir_lib.shutil, 'rmtree', killed)
+    patch.setattr(files, 'remove', killed)
     with pytest.raises(KeyboardInterrupt):
       work.claim(overwrite=True)
   assert work.claimed  # so it may still be overwritten

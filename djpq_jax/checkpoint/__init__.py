@@ -206,7 +206,7 @@ def _read(folder) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
       return manifest, _read_arrays(here / 'arrays')
     except Exception as error:  # orbax and tensorstore raise many kinds
       raise ArtifactError(
-        f'the arrays of {folder} are damaged: {_first_line(error)}'
+        f'{folder}/arrays is damaged: {_first_line(error)}'
       ) from error
 
 
