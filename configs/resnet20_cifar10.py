@@ -1,10 +1,10 @@
 """DJPQ on ResNet-20 / CIFAR-10, from a trained float model.
 
 The float weights have 91.73 %.  Reproduced so far, in 5 epochs instead of 10
-(search.epochs=1.5, finetune.epochs=3.5) and with one seed: 90.82 % at 0.997 %
-of the float32 BOPs, 91.17 % at 1.56 %; two stages 90.72 % at 0.992 %, three
-bits everywhere 90.27 % at 0.895 %, four 91.44 % at 1.58 %.  With 1 + 4 epochs
-and finetune.rewind=True: 90.77 % at 0.986 %, 91.13 % at 1.55 %.  See
+(search.epochs=1.5, finetune.epochs=3.5) and with one seed: 91.35 % at 1.57 % of
+the float32 BOPs, four bits everywhere 91.44 % at 1.58 %.  With searches from
+eight bits 91.17 % at 1.56 % and 90.82 % at 0.997 %; there two stages have
+90.72 % at 0.992 %, three bits everywhere 90.27 % at 0.895 %.  See
 benchmarks/results/resnet20_cifar10.json.
 
 Command: djpq train --config configs/resnet20_cifar10.py \
