@@ -93,17 +93,11 @@ def even_bits(model: compress.Compressed, budget: Budget) -> float:
     Real-valued bits, within 1 and 16; each grid has them within its bounds.
   """
   rounder = _Rounder(model, None, _by_name(budget))
-  bounds = {
-    (kind, path): getattr(operands, kind).bounds
-    for path, _, operands in compress.hooks(model)
-    if operands.weight is not None
-    for kind in ('weight', 'act')
-  }
 
   def load(bits: float) -> float:
     given: dict[str, dict[str, Any]] = {'weight': {}, 'act': {}}
-    for (kind, path), (low, high) in bounds.items():
-      given[kind][path] = min(max(bits, low), high)
+    for (kind, path), allowed in rounder.allowed.items():
+      given[kind][path] = np.clip(bits, allowed[0], allowed[-1])
     even = compress.Plan(
       open={}, weight_bits=given['weight'], act_bits=given['act']
     )

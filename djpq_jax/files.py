@@ -88,7 +88,10 @@ def remove(path: pathlib.Path) -> None:
   """Removes a file, a link, or a folder with all that is in it."""
   if is_remote(path):
     there: Any = path
-    there.rmtree() if path.is_dir() else path.unlink()
+    if path.is_dir():
+      there.rmtree()
+    else:
+      there.unlink()
   elif path.is_dir() and not path.is_symlink():
     shutil.rmtree(path)
   else:

@@ -13,6 +13,8 @@ from djpq_jax import config as config_lib
 from djpq_jax import files
 
 CONFIG = 'config.json'
+# What versions did that had no field for it, where the default is another.
+BEFORE = {'search': {'bits': 8.0}}
 
 
 class Workdir:
@@ -53,8 +55,10 @@ class Workdir:
       )
     if overwrite:
       return
-    # What a config of an older version does not say was as it is by default.
-    before = _over(config_lib.default().to_dict(), self._config_there())
+    # What a config of an older version does not say was as it is by default,
+    # or as it was before there was a field for it.
+    default = _over(config_lib.default().to_dict(), BEFORE)
+    before = _over(default, self._config_there())
     changed = sorted(_differences(before, self.config))
     if changed:
       raise ValueError(

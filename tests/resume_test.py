@@ -99,6 +99,18 @@ def test_a_workdir_of_an_older_version_goes_on(config, tmp_path):
     workdir_lib.Workdir(tmp_path, changed).check()
 
 
+def test_a_workdir_that_began_its_search_at_eight_bits(config, tmp_path):
+  """Before there was a field for it, all did; now it has to be said."""
+  workdir_lib.Workdir(tmp_path, config).claim()
+  before = json.loads((tmp_path / 'config.json').read_text())
+  del before['search']['bits']
+  (tmp_path / 'config.json').write_text(json.dumps(before))
+  with pytest.raises(ValueError, match=r'it differs in search\.bits'):
+    workdir_lib.Workdir(tmp_path, config).check()
+  said = config_lib.change(config, search={'bits': 8.0})
+  workdir_lib.Workdir(tmp_path, said).check()
+
+
 def test_saves_between_looks_say_nothing(tmp_path, capfd):
   for keep_best in (False, True):
     folder = tmp_path / str(keep_best)

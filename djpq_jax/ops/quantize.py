@@ -65,15 +65,17 @@ def quantize(x, step_size, clip, exponent=1.0, *, signed=True, floor=0.0):
   >>> float(jax.grad(quantize, argnums=2)(jnp.array(3.0), 0.25, 1.0))
   1.0
   """
-  if _is_one(exponent):
-    x, step, clip, floor, unit = _operands(
-      x, step_size=step_size, clip=clip, floor=floor, unit=_unit(step_size)
-    )
-    return _uniform(x, unit, step, clip, floor, bool(signed))
-  x, step, clip, exponent, floor = _operands(
-    x, step_size=step_size, clip=clip, exponent=exponent, floor=floor
+  x, unit, step, clip, exponent, floor = _operands(
+    x,
+    unit=_unit(step_size),
+    step_size=step_size,
+    clip=clip,
+    exponent=exponent,
+    floor=floor,
   )
-  return _warped(x, step, clip, exponent, floor, bool(signed))
+  if exponent is None:
+    return _uniform(x, unit, step, clip, floor, bool(signed))
+  return _warped(x, unit, step, clip, exponent, floor, bool(signed))
 
 
 def quantize_lsq(x, clip, bits, *, signed=True):
@@ -102,8 +104,8 @@ def quantize_lsq(x, clip, bits, *, signed=True):
   Array([-1.        ,  0.33333334,  0.6666667 ], dtype=float32)
   """
   step = clip / (2.0 ** (bits - signed) - 1)
-  x, step, clip, unit = _operands(
-    x, step_size=step, clip=clip, unit=_unit(clip)
+  x, unit, step, clip = _operands(
+    x, unit=_unit(clip), step_size=step, clip=clip
   )
   return _lsq(x, unit, step, clip, bool(signed))
 
@@ -206,35 +208,55 @@ def _unit(parameter):
   return parameter / jax.lax.stop_gradient(parameter)
 
 
+def _values(x, step, clip, exponent, floor, signed):
+  """Quantized values in x's dtype, and what of them the way back keeps."""
+  x_q = step * _level(x, step, clip, exponent, floor, signed)
+  # A layer keeps its input anyway, unless that has another dtype.
+  return x_q.astype(x.dtype), x_q if x.dtype == x_q.dtype else None
+
+
+def _wide(x_q, x, step, clip, exponent, floor, signed):
+  """The values that were kept, or else once more, in the compute dtype."""
+  if x_q is not None:
+    return x_q
+  return step * _level(x, step, clip, exponent, floor, signed)
+
+
+def _moved(x_q, u):
+  """How far rounding moved each magnitude: step round(u / step) - u.
+
+  It does not round once more, for where compilers share that with the way
+  forth, they write it to memory.  The abs keeps them from fusing the product in
+  x_q with the difference, which rounds differently from program to program.
+  """
+  return jnp.abs(x_q) - u
+
+
+# The derivative to the step's logarithm goes to `unit`, none to `step`.
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _uniform(x, unit, step, clip, floor, signed):
-  """The quantizer for exponent 1; operands of one shape.
-
-  The derivative to the step's logarithm goes to `unit`, none to `step`.
-  """
-  return _uniform_fwd(x, unit, step, clip, floor, signed)[0]
+  """The quantizer for exponent 1; operands of one shape."""
+  del unit
+  return _values(x, step, clip, None, floor, signed)[0]
 
 
 def _uniform_fwd(x, unit, step, clip, floor, signed):
   del unit
-  x_q = step * _level(x, step, clip, None, floor, signed)
-  # A layer keeps its input anyway, unless that has another dtype.
-  kept = x_q if x.dtype == x_q.dtype else None
-  return x_q.astype(x.dtype), (x, kept, step, clip, floor)
+  out, x_q = _values(x, step, clip, None, floor, signed)
+  return out, (x, x_q, step, clip, floor)
 
 
 def _uniform_bwd(signed, residuals, g):
   x, x_q, step, clip, floor = residuals
-  if x_q is None:
-    x_q = step * _level(x, step, clip, None, floor, signed)
+  x_q = _wide(x_q, x, step, clip, None, floor, signed)
   size, sign = _size_and_sign(x.astype(step.dtype), signed)
   above = size > clip
   d_x = jnp.where(_inside(x, above, signed), g, jnp.zeros_like(g))
-  g = g.astype(step.dtype)
-  # From what is stored: what the way forth computes must not be shared with
-  # the way back, for then it is written to memory.
-  d_unit = g * (x_q - sign * _magnitude(size, clip, floor))
-  d_clip = jnp.where(above, g * sign, 0)
+  g = g.astype(step.dtype) * sign
+  d_unit = g * _moved(x_q, _magnitude(size, clip, floor))
+  d_clip = jnp.where(above, g, 0)
   return d_x, d_unit, None, d_clip, None
 
 
@@ -244,54 +266,56 @@ _uniform.defvjp(_uniform_fwd, _uniform_bwd)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _lsq(x, unit, step, clip, signed):
   """The quantizer whose step and clip both move with `unit`."""
-  return _lsq_fwd(x, unit, step, clip, signed)[0]
+  del unit
+  return _values(x, step, clip, None, 0, signed)[0]
 
 
 def _lsq_fwd(x, unit, step, clip, signed):
-  x_q, (*kept, _) = _uniform_fwd(x, unit, step, clip, 0, signed)
-  return x_q, kept
+  del unit
+  out, x_q = _values(x, step, clip, None, 0, signed)
+  return out, (x, x_q, step, clip)
 
 
 def _lsq_bwd(signed, residuals, g):
   x, x_q, step, clip = residuals
-  if x_q is None:
-    x_q = step * _level(x, step, clip, None, 0, signed)
-  wide = x.astype(step.dtype)
-  inside = _inside(x, _size_and_sign(wide, signed)[0] > clip, signed)
+  x_q = _wide(x_q, x, step, clip, None, 0, signed)
+  size, sign = _size_and_sign(x.astype(step.dtype), signed)
+  inside = _inside(x, size > clip, signed)
   d_x = jnp.where(inside, g, jnp.zeros_like(g))
-  d_unit = g.astype(step.dtype) * (x_q - jnp.where(inside, wide, 0))
+  d_unit = g.astype(step.dtype) * sign * _moved(x_q, jnp.where(inside, size, 0))
   return d_x, d_unit, None, None
 
 
 _lsq.defvjp(_lsq_fwd, _lsq_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _warped(x, step, clip, exponent, floor, signed):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _warped(x, unit, step, clip, exponent, floor, signed):
   """The quantizer for any exponent; operands of one shape."""
-  level = _level(x, step, clip, exponent, floor, signed)
-  return (step * level).astype(x.dtype)
+  del unit
+  return _values(x, step, clip, exponent, floor, signed)[0]
 
 
-def _warped_fwd(x, step, clip, exponent, floor, signed):
-  x_q = _warped(x, step, clip, exponent, floor, signed)
-  return x_q, (x, step, clip, exponent, floor)
+def _warped_fwd(x, unit, step, clip, exponent, floor, signed):
+  del unit
+  out, x_q = _values(x, step, clip, exponent, floor, signed)
+  return out, (x, x_q, step, clip, exponent, floor)
 
 
 def _warped_bwd(signed, residuals, g):
-  x, step, clip, exponent, floor = residuals
+  x, x_q, step, clip, exponent, floor = residuals
+  x_q = _wide(x_q, x, step, clip, exponent, floor, signed)
   size, sign = _size_and_sign(x.astype(step.dtype), signed)
   magnitude = _magnitude(size, clip, floor)
   u = _power(magnitude, exponent)
-  level = u * (1 / step)
   above = size > clip
   span = clip - floor
   d_x = jnp.where(_inside(x, above, signed), g, jnp.zeros_like(g))
   g = g.astype(step.dtype) * sign
-  d_step = g * (jnp.round(level) - level)
+  d_unit = g * _moved(x_q, u)
   d_clip = jnp.where(above, g * exponent * _power(span, exponent - 1), 0)
   d_exponent = g * u * jnp.log(jnp.where(magnitude == 0, 1, magnitude))
-  return d_x, d_step, d_clip, d_exponent, None
+  return d_x, d_unit, None, d_clip, d_exponent, None
 
 
 _warped.defvjp(_warped_fwd, _warped_bwd)

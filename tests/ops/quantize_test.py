@@ -194,9 +194,8 @@ def test_a_traced_exponent_of_one_gives_the_same(floor, signed):
   np.testing.assert_array_equal(fast, f(x, 0.0937, 1.3, jnp.float32(1.0)))
   fast = _all_grads(f, x, *_full(x, 0.0937, 1.3), 1.0)
   general = _all_grads(f, x, *_full(x, 0.0937, 1.3, 1.0))
-  # One takes the rounding error from what it stored, one rounds once more.
   for a, b in zip(fast, general, strict=False):
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
 def test_the_fast_kernel_has_no_powers():
@@ -288,7 +287,7 @@ def test_vmap_over_data_and_parameters(exponent):
 
   got = jax.jit(jax.vmap(grad))(x, step)
   want = jnp.stack([grad(*row) for row in zip(x, step, strict=True)])
-  np.testing.assert_allclose(got, want, rtol=1e-5)
+  np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 def _mesh(axis_type=jax.sharding.AxisType.Auto):
