@@ -25,6 +25,7 @@ import numpy as np
 
 from djpq_jax import config as config_lib
 from djpq_jax import experiment
+from djpq_jax import train
 
 CONTROLS = {
   'W8A8': {'method': 'uniform', 'uniform_bits': (8, 8)},
@@ -32,9 +33,23 @@ CONTROLS = {
   'W3A3': {'method': 'uniform', 'uniform_bits': (3, 3)},
   'W2A2': {'method': 'uniform', 'uniform_bits': (2, 2)},
 }
-# A search that begins where grids nearly copy their tensors.
+# What a search does otherwise, alone; each is a contestant 'DJPQ NAME @BUDGET'.
 FROM_8_BITS = {'search': {'bits': 8.0, 'ramp': 0.7}}
-NO_PRUNING = {'pattern': '*', 'prune': False}
+ABLATIONS = {
+  'from 8 bits': FROM_8_BITS,
+  'from 8 bits, rewound': FROM_8_BITS | {'finetune': {'rewind': True}},
+  'without teacher': {'search': {'distill': 0.0}, 'finetune': {'distill': 0.0}},
+}
+# Likewise, by a rule for all layers after those of the experiment.
+RULES = {
+  'per channel': {'per_channel': True},
+  'exponents': {'exponent': True},
+  'bits only': {'prune': False},
+  'channels only': {'weight_bits': (8, 8), 'act_bits': (8, 8)},
+  'align 4': {'align': 4},
+  'align 8': {'align': 8},
+  'align 16': {'align': 16},
+}
 
 
 def contestants(base, budgets, shares=()):
@@ -46,38 +61,42 @@ def contestants(base, budgets, shares=()):
     shares: MACs that two-stage may leave after its first stage, in place of
       what `base` says; how much to prune is that method's to guess.
   """
-  rules = [dict(rule) for rule in base.rules]
+
+  def ruled(fields):
+    rules = [dict(rule) for rule in base.rules]
+    return {'rules': [*rules, {'pattern': '*', **fields}]}
+
   rows = dict(CONTROLS)
+  for name, control in CONTROLS.items():
+    rows[f'{name} per channel'] = control | ruled(RULES['per channel'])
+  methods = {
+    'DJPQ': {},
+    'DJPQ rates x 10': _rates(base, 10.0),
+    'DJPQ rates / 10': _rates(base, 0.1),
+    **{f'DJPQ {name}': fields for name, fields in ABLATIONS.items()},
+    **{f'DJPQ {name}': ruled(fields) for name, fields in RULES.items()},
+    'DJPQ-restrict': {'bit_choices': (2, 4, 8, 16, 32)},
+    'two-stage': {'method': 'two_stage'},
+  }
+  for share in shares:
+    methods[f'two-stage {share:.0%} MACs'] = {
+      'method': 'two_stage',
+      'two_stage_macs': share,
+    }
   for budget in budgets:
-    at = f'@{budget:.3%}'
-    rows[f'DJPQ {at}'] = {'budget': budget}
-    rows[f'DJPQ from 8 bits {at}'] = FROM_8_BITS | {'budget': budget}
-    rows[f'DJPQ from 8 bits, rewound {at}'] = FROM_8_BITS | {
-      'budget': budget,
-      'finetune': {'rewind': True},
-    }
-    rows[f'DJPQ-restrict {at}'] = {
-      'budget': budget,
-      'bit_choices': (2, 4, 8, 16, 32),
-    }
-    rows[f'two-stage {at}'] = {'method': 'two_stage', 'budget': budget}
-    for share in shares:
-      rows[f'two-stage {share:.0%} MACs {at}'] = {
-        'method': 'two_stage',
-        'two_stage_macs': share,
-        'budget': budget,
-      }
-    for multiple in (4, 8, 16):
-      rule = {'pattern': '*', 'align': multiple}
-      rows[f'DJPQ align {multiple} {at}'] = {
-        'budget': budget,
-        'rules': [*rules, rule],
-      }
-    rows[f'bits only {at}'] = {
-      'budget': budget,
-      'rules': [*rules, NO_PRUNING],
-    }
+    for name, fields in methods.items():
+      rows[f'{name} @{budget:.3%}'] = fields | {'budget': budget}
   return rows
+
+
+def _rates(base, factor: float) -> dict:
+  """Every learning rate of the compression, times a factor."""
+  found = {}
+  for phase in ('search', 'finetune'):
+    optimizer = base[phase].optimizer
+    names = [n for n in optimizer if n.endswith('_rate')]
+    found[phase] = {'optimizer': {n: factor * optimizer[n] for n in names}}
+  return found
 
 
 def one(config, model, float_accuracy) -> dict:
@@ -123,7 +142,7 @@ def environment() -> dict:
 
 
 def table(runs: list[dict]) -> str:
-  """Mean and standard deviation over seeds, as Markdown."""
+  """Mean and standard deviation over seeds that ended well, as Markdown."""
   lines = [
     '| contestant | seeds | accuracy | relative BOPs |',
     '| --- | --- | --- | --- |',
@@ -131,12 +150,19 @@ def table(runs: list[dict]) -> str:
   rows: dict[str, list[dict]] = {}
   for run in runs:
     rows.setdefault(run['contestant'], []).append(run)
-  for name, found in rows.items():
+  for name, all_seeds in rows.items():
+    found = [r for r in all_seeds if 'error' not in r]
+    if not found:
+      lines.append(f'| {name} | 0 of {len(all_seeds)} | | |')
+      continue
     accuracy = 100 * np.array([r['accuracy'] for r in found])
     relative = 100 * np.mean([r['relative_bops'] for r in found])
+    seeds = str(len(found))
+    if len(found) < len(all_seeds):
+      seeds += f' of {len(all_seeds)}'
     spread = f' ± {accuracy.std(ddof=1):.2f}' if len(found) > 1 else ''
     lines.append(
-      f'| {name} | {len(found)} | {accuracy.mean():.2f}{spread} % | '
+      f'| {name} | {seeds} | {accuracy.mean():.2f}{spread} % | '
       f'{relative:.4f} % |'
     )
   return '\n'.join(lines)
@@ -172,19 +198,16 @@ def main():
       run = {'contestant': name, 'seed': seed, 'commit': commit()}
       try:
         run |= one(changed, model, accuracy)
-      except ValueError as error:  # as a budget that bits alone cannot reach
-        print(f'seed {seed}: {name}: {error}', flush=True)
-        continue
+        told = f'{run["accuracy"]:.2%} at {run["relative_bops"]:.4%}'
+      except (ValueError, train.TrainingError) as error:
+        # As a budget that bits alone cannot reach: one sentence for the user.
+        run['error'] = told = f'{type(error).__name__}: {error}'
       if args.out.exists():  # another process may work on other seeds
         result = json.loads(args.out.read_text())
       result['runs'].append(run)
       args.out.parent.mkdir(parents=True, exist_ok=True)
       args.out.write_text(json.dumps(result, indent=1) + '\n')
-      print(
-        f'seed {seed}: {name} {run["accuracy"]:.2%} at '
-        f'{run["relative_bops"]:.4%}, {run["seconds"]} s',
-        flush=True,
-      )
+      print(f'seed {seed}: {name} {told}', flush=True)
   print(table(result['runs']))
 
 

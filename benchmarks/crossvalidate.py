@@ -1,17 +1,20 @@
 r"""Compares settings by cross-validation within the training images.
 
     python benchmarks/crossvalidate.py --config configs/digits.py \
-        --variant default --variant 'no teacher: search.distill=0.0' \
-        --out /tmp/variants.json
+        --variant DJPQ --variant 'half a teacher: search.distill=0.25' \
+        --out variants.json
 
 Settings are chosen here, so that the test images stay unseen until
 `compare.py` measures them.  Each fold holds one part of the training images
 out, and all variants of a fold start from the same float model.  A variant is
-a name, with overrides after a colon, several of them apart by blanks.
+a name, with overrides after a colon, several of them apart by blanks; or a name
+of `compare.py`'s contestants, without overrides.  Each finished run is added to
+the file at once, and runs that it holds are skipped.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import pathlib
 
@@ -59,6 +62,30 @@ def one(config, fold: int, folds: int, model) -> dict:
   return {'errors': round((1 - right) * images), 'images': images}
 
 
+def settings(variant: str, source: str, always: list[str]):
+  """The name of a variant, and its config."""
+  name, colon, overrides = variant.partition(':')
+  config = config_lib.load(source, [*always, *overrides.split()])
+  if colon:
+    return name, config
+  rows = compare.contestants(config, [config.budget])
+  fields = rows.get(f'{name} @{config.budget:.3%}', rows.get(name))
+  if fields is None:
+    raise SystemExit(f'no contestant of compare.py has the name {name!r}')
+  return name, config_lib.change(config, **fields)
+
+
+def table(runs: list[dict]) -> str:
+  """Errors of each variant over all folds and seeds, as Markdown."""
+  lines = ['| variant | errors | images | accuracy |', '| --- ' * 4 + '|']
+  for name in dict.fromkeys(run['variant'] for run in runs):
+    of = [run for run in runs if run['variant'] == name]
+    errors, images = (sum(r[key] for r in of) for key in ('errors', 'images'))
+    right = 1 - errors / images
+    lines.append(f'| {name} | {errors} | {images} | {right:.2%} |')
+  return '\n'.join(lines)
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--config', required=True)
@@ -66,29 +93,28 @@ def main():
   parser.add_argument('--variant', action='append', required=True)
   parser.add_argument('--folds', type=int, default=5)
   parser.add_argument('--seeds', type=int, nargs='+', default=[100])
-  parser.add_argument('--out', type=pathlib.Path)
+  parser.add_argument('--out', type=pathlib.Path, required=True)
   args = parser.parse_args()
-  rows = []
-  for seed in args.seeds:
-    for fold in range(args.folds):
-      always = [*args.set, f'seed={seed}']
-      base = config_lib.load(args.config, always)
-      run = prepare(base, fold, args.folds)
-      model = phases.train_float(run, setting.dense_model(run))
-      for variant in args.variant:
-        name, _, overrides = variant.partition(':')
-        config = config_lib.load(args.config, [*always, *overrides.split()])
-        found = one(config, fold, args.folds, model)
-        rows.append({'variant': name, 'seed': seed, 'fold': fold} | found)
-        print(rows[-1], flush=True)
-  for variant in args.variant:
-    name = variant.partition(':')[0]
-    of = [row for row in rows if row['variant'] == name]
-    errors, images = (sum(r[key] for r in of) for key in ('errors', 'images'))
-    print(f'{name:<24} {errors} errors of {images}, {1 - errors / images:.2%}')
-  if args.out:
-    result = {'environment': compare.environment(), 'commit': compare.commit()}
-    args.out.write_text(json.dumps(result | {'runs': rows}, indent=1) + '\n')
+  result = {'environment': compare.environment(), 'runs': []}
+  if args.out.exists():
+    result = json.loads(args.out.read_text())
+  done = {(r['variant'], r['seed'], r['fold']) for r in result['runs']}
+  for seed, fold in itertools.product(args.seeds, range(args.folds)):
+    always = [*args.set, f'seed={seed}']
+    variants = dict(settings(v, args.config, always) for v in args.variant)
+    missing = [name for name in variants if (name, seed, fold) not in done]
+    if not missing:
+      continue
+    base = config_lib.load(args.config, always)
+    run = prepare(base, fold, args.folds)
+    model = phases.train_float(run, setting.dense_model(run))
+    for name in missing:
+      found = one(variants[name], fold, args.folds, model)
+      row = {'variant': name, 'seed': seed, 'fold': fold} | found
+      result['runs'].append(row | {'commit': compare.commit()})
+      args.out.write_text(json.dumps(result, indent=1) + '\n')
+      print(row, flush=True)
+  print(table(result['runs']))
 
 
 if __name__ == '__main__':

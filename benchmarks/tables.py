@@ -54,14 +54,41 @@ def record(workdir: pathlib.Path) -> None:
 def comparison(name: str) -> str:
   """A table of contestants, and how to make it again."""
   found = json.loads((RESULTS / f'{name}.json').read_text())
+  return f'{compare.table(found["runs"])}\n\n{_made(found)}'
+
+
+def _made(found: dict) -> str:
+  """How to make a comparison again."""
   made = found['environment']
   versions = ', '.join(f'{k} {v}' for k, v in made['versions'].items())
   commits = ', '.join(sorted({run['commit'] for run in found['runs']}))
   return (
-    f'{compare.table(found["runs"])}\n\n'
-    f'`{made["command"]}`, commit {commits}, {made["machine"]}, '
-    f'{versions}.\n'
+    f'`{made["command"]}`, commit {commits}, {made["machine"]}, {versions}.\n'
   )
+
+
+def reliability() -> str:
+  """Of each contestant, how many seeds failed, and the worst of the others."""
+  found = json.loads((RESULTS / 'reliability.json').read_text())
+  rows: dict[str, list[dict]] = {}
+  for run in found['runs']:
+    rows.setdefault(run['contestant'], []).append(run)
+  lines = [
+    '| contestant | seeds | failed | least accuracy | mean | best | BOPs, most '
+    '| least |',
+    '| --- ' * 8 + '|',
+  ]
+  for name, runs in rows.items():
+    good = [run for run in runs if 'error' not in run]
+    cells = [name, str(len(runs)), str(len(runs) - len(good))]
+    if good:
+      accuracy = [run['accuracy'] for run in good]
+      relative = [run['relative_bops'] for run in good]
+      mean = sum(accuracy) / len(accuracy)
+      cells += [f'{a:.2%}' for a in (min(accuracy), mean, max(accuracy))]
+      cells += [f'{r:.4%}' for r in (max(relative), min(relative))]
+    lines.append('| ' + ' | '.join(cells + [''] * (8 - len(cells))) + ' |')
+  return '\n'.join(lines) + '\n\n' + _made(found)
 
 
 def inference() -> str:
@@ -150,6 +177,7 @@ def text(name: str) -> str:
   """The block of a name."""
   special = {
     'demo': demo,
+    'reliability': reliability,
     'inference': inference,
     'step_cost': step_cost,
     'devices': devices,

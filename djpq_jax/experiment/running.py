@@ -66,29 +66,36 @@ def run_phase(run: setting.Run, name: str, state: train.TrainState, steps: int):
     )
 
   state = to_devices(state)
-  with contextlib.ExitStack() as stack:
-    home = run.float_dir if name == 'float' else run.workdir
-    if home is None and keep_best:  # it has to be somewhere until the end
-      if jax.process_count() > 1:
-        raise ValueError('keep_best needs a workdir that all processes see')
-      home = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+  with _home(run, name, kept=keep_best) as home:
     if home is None or not steps:
       state = fit(state)
     else:
       folder = home / 'checkpoints' / f'{run.phases_done}-{name}'
-      checkpoints = stack.enter_context(
-        train.Checkpoints(files.absolute(folder), keep_best=keep_best)
-      )
-      state, before = checkpoints.restore(state)
-      rows += before
-      run.record(before)
-      state = fit(state, lambda state, a: checkpoints.save(state, rows, a))
-      if keep_best:
-        state, _ = checkpoints.restore(state, best=True)
-        run.best_steps[name] = run.steps_done + int(state.step)
+      absolute = files.absolute(folder)
+      with train.Checkpoints(absolute, keep_best=keep_best) as checkpoints:
+        state, before = checkpoints.restore(state)
+        rows += before
+        run.record(before)
+        state = fit(state, lambda state, a: checkpoints.save(state, rows, a))
+        if keep_best:
+          state, _ = checkpoints.restore(state, best=True)
+          run.best_steps[name] = run.steps_done + int(state.step)
   run.steps_done += steps
   run.phases_done += 1
   return train.model_of(parallel.gather(state))
+
+
+@contextlib.contextmanager
+def _home(run: setting.Run, name: str, *, kept: bool):
+  """Where a phase keeps checkpoints; None if it keeps none."""
+  home = run.float_dir if name == 'float' else run.workdir
+  if home is not None or not kept:
+    yield home
+    return
+  if jax.process_count() > 1:
+    raise ValueError('keep_best needs a workdir that all processes see')
+  with tempfile.TemporaryDirectory() as folder:  # the best, until the end
+    yield pathlib.Path(folder)
 
 
 def accuracy_of(run: setting.Run) -> Callable[[train.TrainState], float]:
