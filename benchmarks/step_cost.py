@@ -5,7 +5,11 @@ r"""What a compressed training step costs over the float step of the same model.
 
 The float step, the search's and the finetuning's take turns in one process, on
 random images; the ratio of their medians counts.  With them come compile times
-and the memory that XLA plans for temporaries.
+and the memory that XLA plans: for all of a step, and for temporaries alone.  On
+a GPU, as ImageNet is trained:
+
+    python benchmarks/step_cost.py --models resnet18 --size 224 --batches 256 \\
+        --dtype bfloat16 --steps 50 --out benchmarks/results/step_cost.json
 """
 
 import argparse
@@ -31,13 +35,21 @@ WARM_UP = 2  # steps that do not count
 class Contestant:
   """A compiled step and its state."""
 
-  def __init__(self, model, objective, batch):
+  def __init__(self, model, objective, batch, dtype):
     tx = optim.make(optim.OptimizerConfig(), 1000)
-    self.state = train.init(model, objective, tx)
+    self.state = train.init(model, objective, tx, dtype=dtype)
     self.batch = batch
     start = time.perf_counter()
     self.step = train.jit_step.lower(self.state, batch).compile()
     self.compile_seconds = time.perf_counter() - start
+    planned = self.step.memory_analysis()
+    self.temporaries = planned.temp_size_in_bytes
+    self.memory = (  # bytes; a donated state is counted once
+      planned.temp_size_in_bytes
+      + planned.argument_size_in_bytes
+      + planned.output_size_in_bytes
+      - planned.alias_size_in_bytes
+    )
     self.seconds: list[float] = []
 
   def run(self):
@@ -62,20 +74,22 @@ def random_batch(model, count: int) -> dict[str, np.ndarray]:
   }
 
 
-def measure(name: str, size: int | None, count: int, steps: int) -> list[dict]:
+def measure(
+  name: str, size: int | None, count: int, steps: int, dtype: str
+) -> list[dict]:
   """The three phases of one model at one batch size."""
   kwargs = {'input_shape': (size, size, 3)} if size else {}
   model = models.create(name, **kwargs)
-  batch = random_batch(model, count)
+  batch = jax.device_put(random_batch(model, count))
   net = compress.compress(model, (), batch['image'][:8])
   controller = budget_lib.Controller(budget=0.01, start=0.06, steps=1000)
   plan = allocate.uniform(net, 4, 4)
   frozen = compress.freeze(net, plan, batch['image'][:8])
   objective = train.Objective(noisy=True, controller=controller)
   contestants = {
-    'float': Contestant(model, train.Objective(), batch),
-    'search': Contestant(net, objective, batch),
-    'finetune': Contestant(frozen, train.Objective(), batch),
+    'float': Contestant(model, train.Objective(), batch, dtype),
+    'search': Contestant(net, objective, batch, dtype),
+    'finetune': Contestant(frozen, train.Objective(), batch, dtype),
   }
   for _ in range(steps + WARM_UP):
     for contestant in contestants.values():
@@ -86,14 +100,15 @@ def measure(name: str, size: int | None, count: int, steps: int) -> list[dict]:
       'model': name,
       'input_shape': list(model.input_shape),
       'batch': count,
+      'dtype': dtype,
       'layers': len(net.structure.layers),
       'phase': phase,
       'step_seconds': round(found.median, 4),
+      'images_per_second': round(count / found.median, 1),
       'over_float': round(found.median / base.median, 3),
       'compile_seconds': round(found.compile_seconds, 2),
-      'temporaries_MB': round(
-        found.step.memory_analysis().temp_size_in_bytes / 1e6, 1
-      ),
+      'memory_MB': round(found.memory / 1e6, 1),
+      'temporaries_MB': round(found.temporaries / 1e6, 1),
     }
     for phase, found in contestants.items()
   ]
@@ -104,6 +119,7 @@ def main():
   parser.add_argument('--models', nargs='+', default=['resnet20'])
   parser.add_argument('--batches', type=int, nargs='+', default=[128])
   parser.add_argument('--size', type=int, help='side of the images')
+  parser.add_argument('--dtype', default='float32', help='or bfloat16')
   parser.add_argument('--steps', type=int, default=10)
   parser.add_argument('--out', type=pathlib.Path, help='rows are added to it')
   args = parser.parse_args()
@@ -118,7 +134,7 @@ def main():
         'load': round(os.getloadavg()[0], 1),
         'environment': environment,
       }
-      for row in measure(name, args.size, count, args.steps):
+      for row in measure(name, args.size, count, args.steps, args.dtype):
         result['runs'].append(row | made)
         print(json.dumps(row), flush=True)
       if args.out:
