@@ -57,6 +57,7 @@ class Epochs(keras.utils.PyDataset):
     return images, targets.astype(np.float32)
 
   def on_epoch_end(self):
+    """Draws the next epoch."""
     self.epoch = list(self.batches.epoch())
 
 
