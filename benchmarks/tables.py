@@ -173,6 +173,28 @@ def devices() -> str:
   return '\n'.join(lines) + '\n\n' + _made_by(found['runs'])
 
 
+def peers_digits() -> str:
+  """Other libraries, and what their user had to train for a row."""
+  found = json.loads((RESULTS / 'peers_digits.json').read_text())
+  made = found['environment']
+  rows: dict[str, list[dict]] = {}
+  for run in found['runs']:
+    rows.setdefault(run['contestant'], []).append(run)
+  lines = compare.table(found['runs']).splitlines()
+  lines[0] += ' trainings of each seed |'
+  lines[1] += ' --- |'
+  for k, runs in enumerate(rows.values(), start=2):
+    counts = ', '.join(str(run['trainings']) for run in runs)
+    lines[k] += f' {counts} |'
+  versions = ', '.join(f'{k} {v}' for k, v in made['versions'].items())
+  commits = ', '.join(sorted({run['commit'] for run in found['runs']}))
+  commands = '; '.join(f'`{command}`' for command in made['commands'])
+  return (
+    '\n'.join(lines)
+    + f'\n\n{commands}, commit {commits}, {made["machine"]}, {versions}.\n'
+  )
+
+
 def text(name: str) -> str:
   """The block of a name."""
   special = {
@@ -181,6 +203,7 @@ def text(name: str) -> str:
     'inference': inference,
     'step_cost': step_cost,
     'devices': devices,
+    'peers_digits': peers_digits,
   }
   return special[name]() if name in special else comparison(name)
 

@@ -1,0 +1,190 @@
+r"""Other libraries beside DJPQ on the digits, each in its own environment.
+
+    python benchmarks/compare_peers.py --peers hgq2 --budgets 0.002 0.001 \\
+        --seeds 0 1 2 --out benchmarks/results/peers_digits.json
+
+A peer gets the same trained float model as DJPQ, the same images and shifts,
+the same teacher, and in each training as many epochs as DJPQ's search and
+finetuning take together.  What it returns, the bits of each weight and of each
+input, is counted here, see peers/counting.py.
+
+`.peers/` has an environment for each peer, made when it is first needed from
+peers/NAME.txt by pip, and the float models.  Nothing of them is needed by the
+library or its tests.  As in compare.py, runs that the file holds are skipped.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+import compare
+import numpy as np
+from peers import counting
+
+from djpq_jax import config as config_lib
+from djpq_jax import data
+from djpq_jax import evaluation
+from djpq_jax import experiment
+
+ROOT = pathlib.Path(__file__).parent.parent
+SCRIPTS = ROOT / 'benchmarks' / 'peers'
+MADE = ROOT / '.peers'
+PEERS = {'hgq2': 'HGQ2'}
+CONFIG = 'configs/digits.py'
+
+
+def interpreter(peer: str) -> pathlib.Path:
+  """The Python of a peer's environment, which is made if it is missing."""
+  folder = MADE / peer
+  python = folder / 'bin' / 'python'
+  done = folder / 'installed'
+  if not done.exists():
+    subprocess.run([sys.executable, '-m', 'venv', folder], check=True)
+    pip = [python, '-m', 'pip', 'install', '--quiet', '-r']
+    subprocess.run([*pip, SCRIPTS / f'{peer}.txt'], check=True)
+    done.touch()
+  return python
+
+
+def versions(peer: str) -> dict[str, str]:
+  """What is installed of what a peer's environment was made from."""
+  lines = (SCRIPTS / f'{peer}.txt').read_text().split()
+  names = [line.split('==')[0] for line in lines]
+  code = (
+    'import importlib.metadata, json, sys; print(json.dumps('
+    '{n: importlib.metadata.version(n) for n in sys.argv[1:]}))'
+  )
+  done = subprocess.run(
+    [interpreter(peer), '-c', code, *names],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  return json.loads(done.stdout)
+
+
+def given(config) -> pathlib.Path:
+  """The file that a peer begins with; its float model is trained once."""
+  path = MADE / f'digits-seed{config.seed}.npz'
+  if not path.exists():
+    model, accuracy = experiment.float_model(config)
+    path.parent.mkdir(exist_ok=True)
+    np.savez(path, **arrays(model, config), float_accuracy=accuracy)
+  return path
+
+
+def arrays(model, config) -> dict[str, np.ndarray]:
+  """Float weights, images in all shifts, labels, and the teacher's logits."""
+  train, test = data.load(config.data.name)
+  found = {'labels': train.labels, 'test': test.images}
+  blocks = [model.block1, model.block2, model.block3, model.block4]
+  for k, block in enumerate(blocks):
+    bn = block.bn
+    found[f'kernel{k}'] = block.conv.kernel[...]
+    # y = scale * (x - mean) / deviation + bias
+    deviation = np.sqrt(bn.var[...] + bn.epsilon)
+    found[f'norm{k}'] = [bn.scale[...], bn.bias[...], bn.mean[...], deviation]
+  found['kernel4'] = model.linear.kernel[...]
+  found['bias4'] = model.linear.bias[...]
+  found['shifted'] = shifts(train.images, config.augment.shift)
+  found['teacher'] = np.stack(
+    [evaluation.predict(model, [images]) for images in found['shifted']]
+  )
+  return {name: np.asarray(value) for name, value in found.items()}
+
+
+def shifts(images: np.ndarray, reach: int) -> np.ndarray:
+  """[shifts, N, H, W, C]: moved by up to `reach` pixels, zeros come in."""
+  height, width = images.shape[1:3]
+  edge = (reach, reach)
+  padded = np.pad(images, [(0, 0), edge, edge, (0, 0)])
+  corners = itertools.product(range(2 * reach + 1), repeat=2)
+  return np.stack(
+    [padded[:, y : y + height, x : x + width] for y, x in corners]
+  )
+
+
+def trained(peer: str, config, budgets: list[float]) -> list[dict]:
+  """Trains a peer for some budgets; the figures to compare of each."""
+  start = time.monotonic()
+  before = given(config)
+  macs = experiment.dense_structure(config).graph.float_macs
+  bops = [str(budget * 32 * 32 * macs) for budget in budgets]
+  epochs = round(config.search.epochs + config.finetune.epochs)
+  script = SCRIPTS / f'train_{peer}.py'
+  command = [interpreter(peer), script, '--epochs', str(epochs)]
+  command += ['--seed', str(config.seed), '--bops', *bops, '--', before]
+  # What it imports is its own, not what is beside this library.
+  env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+  with tempfile.TemporaryDirectory() as after:
+    subprocess.run([*command, after], check=True, env=env)
+    made = [dict(np.load(f'{after}/{k}.npz')) for k in range(len(budgets))]
+  seconds = round(time.monotonic() - start, 1)
+  return [figures(one, config, macs) | {'seconds': seconds} for one in made]
+
+
+def figures(made, config, macs: int) -> dict:
+  """Accuracy and BOPs of what a peer returned."""
+  total, dense = counting.bops(made)
+  if dense != 32 * 32 * macs:
+    raise ValueError(f'a peer of {dense} BOPs, not of {32 * 32 * macs}')
+  _, test = data.load(config.data.name)
+  bits = {
+    f'mean_{what}_bits': [
+      round(float(made[f'{what}_bits{k}'].mean()), 3) for k in range(5)
+    ]
+    for what in ('weight', 'act')
+  }
+  return {
+    'accuracy': evaluation.accuracy(made['logits'], test),
+    'relative_bops': total / dense,
+    'bops': total,
+    **bits,
+    'trainings': int(made['trainings']),
+  }
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--peers', choices=list(PEERS), nargs='+', required=True)
+  parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+  parser.add_argument('--budgets', type=float, nargs='+', default=[0.002])
+  parser.add_argument('--out', required=True, type=pathlib.Path)
+  args = parser.parse_args()
+  base = config_lib.load(CONFIG)
+  for seed, peer in itertools.product(args.seeds, args.peers):
+    result = {
+      'environment': compare.environment() | {'commands': []},
+      'config': CONFIG,
+      'runs': [],
+    }
+    if args.out.exists():
+      result = json.loads(args.out.read_text())
+    names = {b: f'{PEERS[peer]} @{b:.3%}' for b in args.budgets}
+    done = {(r['contestant'], r['seed']) for r in result['runs']}
+    left = [b for b in args.budgets if (names[b], seed) not in done]
+    if not left:
+      continue
+    config = config_lib.change(base, seed=seed)
+    commit, found = compare.commit(), trained(peer, config, left)
+    float_accuracy = float(np.load(given(config))['float_accuracy'])
+    for budget, run in zip(left, found):
+      run = {'contestant': names[budget], 'seed': seed, 'commit': commit} | run
+      result['runs'].append(run | {'float_accuracy': float_accuracy})
+      print(json.dumps(run), flush=True)
+    environment = result['environment']
+    environment['versions'] |= versions(peer)
+    command = compare.environment()['command']
+    if command not in environment['commands']:
+      environment['commands'].append(command)
+    args.out.write_text(json.dumps(result, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+  main()

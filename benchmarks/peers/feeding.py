@@ -1,0 +1,59 @@
+"""What every peer is fed with, the same for all, in NumPy alone."""
+
+import numpy as np
+
+BATCH = 64
+TEMPERATURE = 2.0  # of the teacher, whose share in the loss is a half
+
+
+class Batches:
+  """Shifted images, with labels and what the teacher says of them.
+
+  Args:
+    given: arrays from benchmarks/compare_peers.py.
+    seed: of order and shifts.
+  """
+
+  def __init__(self, given, seed: int):
+    self.images, self.labels = given['shifted'], given['labels']
+    self.teacher = given['teacher']  # logits, [shifts, images, classes]
+    self.rng = np.random.default_rng(seed)
+
+  def __len__(self):
+    return len(self.labels) // BATCH
+
+  def epoch(self):
+    """Yields (images, labels, the teacher's logits) of one epoch."""
+    count = len(self.labels)
+    order = self.rng.permutation(count)
+    shifts = self.rng.integers(0, len(self.images), count)
+    for k in range(len(self)):
+      rows = order[k * BATCH : (k + 1) * BATCH]
+      which = shifts[rows]
+      images, teacher = self.images[which, rows], self.teacher[which, rows]
+      yield images, self.labels[rows], teacher
+
+
+def folded(given, layer: int) -> tuple[np.ndarray, np.ndarray]:
+  """Kernel and bias of a layer, its batch norm multiplied in."""
+  kernel = given[f'kernel{layer}']
+  if f'norm{layer}' not in given:
+    return kernel, given[f'bias{layer}']
+  scale, bias, mean, deviation = given[f'norm{layer}']
+  return kernel * (scale / deviation), bias - mean * scale / deviation
+
+
+def softmax(logits) -> np.ndarray:
+  """Along the last axis."""
+  raised = np.exp(logits - logits.max(axis=-1, keepdims=True))
+  return raised / raised.sum(axis=-1, keepdims=True)
+
+
+def loss(logits, labels, teacher) -> float:
+  """Half the labels, half the teacher, in nats: what all peers minimize."""
+  hard = -np.log(softmax(logits)[np.arange(len(labels)), labels] + 1e-30)
+  soft = -(
+    softmax(teacher / TEMPERATURE)
+    * np.log(softmax(logits / TEMPERATURE) + 1e-30)
+  ).sum(axis=-1)
+  return float(0.5 * hard.mean() + 0.5 * TEMPERATURE**2 * soft.mean())
