@@ -2,9 +2,12 @@
 
 from concurrent import futures
 import os
+import sys
 
 import pytest
+import tiny
 
+from djpq_jax import cli
 from djpq_jax import files
 
 
@@ -35,3 +38,29 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
     files.replace(path, 'new')
   assert [f.name for f in tmp_path.iterdir()] == ['a']
   assert path.read_text() == 'old'
+
+
+@pytest.mark.parametrize(
+  'command',
+  [
+    'train --config tiny.py --workdir gs://bucket/run',
+    'sweep --config tiny.py --budgets 0.02 --workdir gs://bucket/run',
+    'evaluate --artifact gs://bucket/run/artifact',
+    'inspect --artifact gs://bucket/run/artifact',
+    'diff gs://bucket/run/artifact here',
+    'export --artifact gs://bucket/run/artifact --format onnx --out a.onnx',
+    'report gs://bucket/run',
+  ],
+)
+def test_a_bucket_without_its_package(command, tmp_path, monkeypatch, capsys):
+  monkeypatch.setitem(sys.modules, 'gcsfs', None)
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'tiny.py').write_text(tiny.CONFIG)
+  with tiny.registered():
+    assert cli.main(command.split()) == 2
+  (sentence,) = capsys.readouterr().err.splitlines()
+  assert sentence.startswith(
+    'djpq: paths of Google Cloud Storage need the package '
+    "'gcsfs': pip install 'djpq-jax[gcs]'"
+  )
+  assert [f.name for f in tmp_path.iterdir()] == ['tiny.py']
