@@ -274,18 +274,16 @@ def test_a_whole_bias_keeps_each_sum_at_its_level(levels, most):
   begins = folding._level_begins(
     bias, unit, np.full(channels, reach), step, 0, levels
   )
-  finer, wider, whole = folding._whole_steps(
-    bias / unit, begins, np.full(channels, most)
-  )
+  found = folding._whole_steps(bias / unit, begins, np.full(channels, most))
+  finer, wider, whole = found.finer, found.wider, found.whole
+  assert found.elsewhere == 0
   assert np.all(whole == np.round(whole))
   sums = np.arange(-reach, reach + 1)
   exact = sums * unit[:, None] + bias[:, None]
   finer_unit = (unit * wider / finer)[:, None]
   moved = finer_unit * (sums * finer[:, None] + whole[:, None])
-  wanted, found = (
-    np.clip(np.round(y / step), 0, levels) for y in (exact, moved)
-  )
-  np.testing.assert_array_equal(found, wanted)
+  wanted, got = (np.clip(np.round(y / step), 0, levels) for y in (exact, moved))
+  np.testing.assert_array_equal(got, wanted)
 
 
 def test_deviations_are_told():
