@@ -1,5 +1,6 @@
 """A written file computes what the model does, in integers where it can."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -167,6 +168,7 @@ def test_stablehlo_computes_what_the_model_does(name, tmp_path):
   facts = {'artifact': 'abc'}
   found = written(build(name), tmp_path, format='stablehlo', facts=facts)
   assert found.deviation.fault(strict=True) == ''
+  assert found.deviation.largest == 0
   loaded = stablehlo_file.Loaded(found.path)
   assert loaded.program.platforms == stablehlo.PLATFORMS
   assert '8x' not in str(loaded.program.in_avals[0].shape[0])
@@ -262,6 +264,36 @@ def test_the_example_serves_the_file(tmp_path):
   session = onnx_file.Session(found.path)
   wanted = session(IMAGES).argmax(-1)
   assert done.stdout.split() == [str(label) for label in wanted]
+
+
+def test_a_layer_without_a_whole_bias_runs_in_float(tmp_path, monkeypatch):
+  """If it is one of few; else all stay integers, and the file deviates."""
+  found = folding._whole_bias
+
+  def none_for_convolutions(graph, node):
+    elsewhere = int(node.op == 'Conv')
+    return dataclasses.replace(found(graph, node), elsewhere=elsewhere)
+
+  monkeypatch.setattr(folding, '_whole_bias', none_for_convolutions)
+  one = written(build('flatten', 4), tmp_path)
+  assert one.operators['QLinearConv'] == 1
+  monkeypatch.setattr(folding, 'MOST_IN_FLOAT', 0.5)
+  other = written(build('flatten', 4), tmp_path)
+  assert 'QLinearConv' not in other.operators
+  assert other.operators['QGemm'] == 1
+  assert other.deviation.fault(strict=True) == ''
+
+
+def test_what_runs_in_float_has_exact_sums():
+  graph, _ = onnx_file.translated(build('residual', 4), tiny.SHAPE)
+  (last,) = (n for n in graph.nodes if n.op == 'Conv' and n.layer == 'conv2')
+  for name in last.inputs:
+    source = graph.producer(name)
+    assert source.op == 'DequantizeLinear'
+    assert graph.constants[source.inputs[1]] == 1
+  below = graph.only_consumer(last.output)
+  assert below.op == 'Mul'
+  assert graph.only_consumer(below.output).op == 'Add'
 
 
 @pytest.mark.parametrize(('levels', 'most'), [(3, 127), (15, 18)])
