@@ -37,6 +37,7 @@ from djpq_jax.checkpoint import manifest as manifest_lib
 # What is written: for any number of images, and for 64.
 FILES = (
   {'format': 'onnx', 'form': 'qdq'},
+  {'format': 'onnx', 'form': 'exact'},
   {'format': 'onnx', 'form': 'integer'},
   {'format': 'stablehlo'},
   {'format': 'stablehlo', 'batch': 64},

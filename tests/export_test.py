@@ -144,6 +144,12 @@ def test_eight_bits_run_as_integers(tmp_path):
   assert not {'Conv', 'FusedConv', 'MatMul', 'Gemm'} & set(found.operators)
 
 
+def test_eight_bits_can_be_exact(tmp_path):
+  found = written(build('flatten', 8), tmp_path, form='exact')
+  assert found.deviation.fault(strict=True) == ''
+  assert 'QLinearConv' not in found.operators
+
+
 def test_integer_form_has_integer_sums(tmp_path):
   found = written(build('residual', 8), tmp_path, form='integer')
   assert found.deviation.fault(strict=True) == ''
@@ -228,7 +234,7 @@ def test_what_has_no_form_is_refused_by_name(tmp_path):
   ('kwargs', 'match'),
   [
     (dict(format='tflite'), "no format 'tflite'; known: onnx, stablehlo"),
-    (dict(form='int4'), "no form 'int4'; known: qdq, integer"),
+    (dict(form='int4'), "no form 'int4'; known: qdq, exact, integer"),
     (dict(batch=0), 'at least one example, not 0'),
   ],
 )

@@ -18,8 +18,14 @@ from djpq_jax.export import nodes
 AFFINE = ('Add', 'Sub', 'Mul', 'Div')
 
 
-def simplify(graph: nodes.Graph) -> None:
-  """Does all of it, in place."""
+def simplify(graph: nodes.Graph, *, exact: bool = False) -> None:
+  """Does all of it, in place.
+
+  Args:
+    graph: to change.
+    exact: whether each layer runs in float that could not be an integer one
+      without moving a sum to another level.
+  """
   graph.prune()
   while any(_hoisted(graph, node) for node in list(graph.nodes)):
     pass
@@ -29,15 +35,15 @@ def simplify(graph: nodes.Graph) -> None:
   for node in list(graph.nodes):
     if node.op in ('Conv', 'MatMul', 'Mul') and node in graph.nodes:
       _fold(graph, node)
-  _settle_sums(graph)
+  _settle_sums(graph, 1.0 if exact else MOST_IN_FLOAT)
   graph.prune()
 
 
-# Of the convolutions that could be integer ones.
+# Of the layers that could be integer ones.
 MOST_IN_FLOAT = 0.25
 
 
-def _settle_sums(graph: nodes.Graph) -> None:
+def _settle_sums(graph: nodes.Graph, most_in_float: float) -> None:
   """Prepares each product to be an integer one, or an exact one in float.
 
   A convolution can be an integer one where its result is quantized next.  Few
@@ -54,7 +60,7 @@ def _settle_sums(graph: nodes.Graph) -> None:
     else:
       integer[node.output] = node, _whole_bias(graph, node)
   inexact = [name for name, (_, bias) in integer.items() if bias.elsewhere]
-  if len(inexact) <= MOST_IN_FLOAT * len(integer):
+  if len(inexact) <= most_in_float * len(integer):
     floating += [integer.pop(name)[0] for name in inexact]
   for node in floating:
     _exact_sums(graph, node)

@@ -38,9 +38,9 @@ def layer_input(t, eqn, values):
   low = shift - grid.levels if grid.signed else 0
   high = shift + grid.levels
   step = np.float32(grid.step)
-  if t.form == 'integer':
+  if t.form != 'qdq':
     # As the model does it; a quotient now and then rounds to another level.
-    # The other form keeps both scales of a pair alike, for runtimes that fuse.
+    # 'qdq' keeps both scales of a pair alike, for runtimes that fuse.
     inverse = t.graph.constant(np.float32(1) / step, f'{layer}/inverse')
     x = t.add('Mul', [x, inverse], x.dims, x.order)
     step = np.float32(1)
