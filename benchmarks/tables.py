@@ -115,6 +115,31 @@ def inference() -> str:
   )
 
 
+def layer_profile() -> str:
+  """Where the time of ResNet-20 goes: each layer alone, at batch 64."""
+  found = json.loads((RESULTS / 'inference_cifar.json').read_text())
+  run = next(r for r in found['runs'] if (r['keep'], r['batch']) == (1, 64))
+  lines = [
+    '| layers | MACs of a batch | dequantized | float | int8 | int8, MACs/s |',
+    '| --- ' * 6 + '|',
+  ]
+  stages: dict[str, list[dict]] = {}
+  for row in run['layers']:
+    stages.setdefault(row['layer'].partition('/')[0], []).append(row)
+  stages['all'] = run['layers']
+  for name, rows in stages.items():
+    total = {k: sum(r[k] for r in rows) for k in ('macs', *PROFILED)}
+    lines.append(
+      f'| {name} | {total["macs"] / 1e6:.0f} M | '
+      + ' | '.join(f'{total[k]:.1f} ms' for k in PROFILED)
+      + f' | {total["macs"] / total["int8"] / 1e6:.0f} G |'
+    )
+  return '\n'.join(lines) + '\n\n' + _made_at_once(found)
+
+
+PROFILED = ('dequantized', 'float', 'int8')
+
+
 def step_cost() -> str:
   """What a step of each phase takes of the float step."""
   found = json.loads((RESULTS / 'step_cost.json').read_text())
@@ -195,6 +220,74 @@ def peers_digits() -> str:
   )
 
 
+def export() -> str:
+  """How far each written file is from its model."""
+  found = json.loads((RESULTS / 'export.json').read_text())
+  lines = [
+    '| network | bits | file | images | other predictions | logits off by more '
+    'than a step | at most, % of their range | bytes |',
+    '| --- ' * 8 + '|',
+  ]
+  for run in found['runs']:
+    for file in run['files']:
+      cells = [
+        _network(run),
+        '{}-{}'.format(*run['bits'])
+        if run['bits'][0] < run['bits'][1]
+        else str(run['bits'][0]),
+        f'{file["format"]} {file["form"] or file["batch"]}',
+        f'{file["images"]:,}',
+        f'{file["predictions"]:,}',
+        f'{file["beyond_step"]:,}',
+        f'{100 * file["largest"] / file["logit_range"]:.2g}',
+        f'{file["bytes"]:,}',
+      ]
+      lines.append('| ' + ' | '.join(cells) + ' |')
+  return '\n'.join(lines) + '\n\n' + _made_at_once(found)
+
+
+def artifact_size() -> str:
+  """What artifacts take, beside their numbers at their bits."""
+  found = json.loads((RESULTS / 'export.json').read_text())
+  lines = [
+    '| network | integers at their bits | floats | artifact | over both | of '
+    'it arrays | program | manifest, index |',
+    '| --- ' * 8 + '|',
+  ]
+  for run in found['runs']:
+    size = run['size']
+    parts = size['parts']
+    cells = [
+      _network(run),
+      f'{size["integers_at_their_bits"]:,}',
+      f'{size["floats"]:,}',
+      f'{size["bytes"]:,}',
+      f'{size["over_integers_and_floats"]:.3f}',
+      f'{parts["arrays"]:,}',
+      f'{parts["program.xz"]:,}',
+      f'{parts["manifest.json"] + parts["index.xz"]:,}',
+    ]
+    lines.append('| ' + ' | '.join(cells) + ' |')
+  return '\n'.join(lines) + '\n\n' + _made_at_once(found)
+
+
+def _network(run: dict) -> str:
+  size = ' x '.join(map(str, run['input_shape'][:2]))
+  return (
+    f'{run["model"]}, {size}, {run["weights"]} weights, '
+    f'{run["relative_macs"]:.0%} of the MACs'
+  )
+
+
+def _made_at_once(found: dict) -> str:
+  """How to make what one commit measured again."""
+  made = found['environment']
+  return (
+    f'`{made["command"]}`, commit {found["commit"]}, {made["machine"]}, jax '
+    f'{made["versions"]["jax"]}.\n'
+  )
+
+
 def text(name: str) -> str:
   """The block of a name."""
   special = {
@@ -204,6 +297,9 @@ def text(name: str) -> str:
     'step_cost': step_cost,
     'devices': devices,
     'peers_digits': peers_digits,
+    'export': export,
+    'artifact_size': artifact_size,
+    'layer_profile': layer_profile,
   }
   return special[name]() if name in special else comparison(name)
 

@@ -23,9 +23,11 @@ from djpq_jax import evaluation
 from djpq_jax import harden
 from djpq_jax import integer
 from djpq_jax import stablehlo
+from djpq_jax.checkpoint import index
 from djpq_jax.checkpoint import manifest as manifest_lib
 from djpq_jax.checkpoint import packing
 from djpq_jax.checkpoint import program
+from djpq_jax.checkpoint import xz
 
 # They run flax's batch norm.
 pytestmark = pytest.mark.standard_promotion
@@ -98,7 +100,11 @@ def artifact(saved, tmp_path):
 
 def edit(folder, *, sign=True, **changes):
   path = folder / 'manifest.json'
-  manifest = json.loads(path.read_text()) | changes
+  manifest = json.loads(path.read_text())
+  of_index = {k: v for k, v in changes.items() if k in index.KEYS}
+  if of_index:
+    index.write(folder, index.read(folder) | of_index)
+  manifest |= {k: v for k, v in changes.items() if k not in of_index}
   if sign:  # as one who means to deceive would
     manifest['sha256'] = manifest_lib.content_hash(manifest, folder)
   path.write_text(json.dumps(manifest))
@@ -145,8 +151,9 @@ def test_manifest_is_readable(saved):
   assert (conv['name'], conv['kept_out'], conv['out_size']) == ('conv', 3, 6)
   assert (conv['weight_bits'], head['weight_bits']) == (3, 12)
   assert conv['bops'] + head['bops'] == manifest['totals']['bops']
-  assert manifest['arrays']['model/head/kernel'].startswith('packed int12[')
-  (mask,) = bytes.fromhex(manifest['plan']['open']['conv'])
+  stored = index.read(saved)
+  assert stored['arrays']['model/head/kernel'].startswith('packed int12[')
+  (mask,) = bytes.fromhex(stored['plan']['open']['conv'])
   opened = hardened().structure.plan.open['conv']
   assert f'{mask:08b}'[: len(opened)] == ''.join(str(int(o)) for o in opened)
   assert manifest['provenance']['djpq-jax'] == djpq_jax.__version__
@@ -156,6 +163,46 @@ def test_size_is_that_of_the_files(saved):
   sizes = [f.stat().st_size for f in saved.rglob('*') if f.is_file()]
   assert checkpoint.size_bytes(saved) == sum(sizes)
   assert max(sizes) < 20_000
+
+
+@pytest.mark.parametrize('bits', [2, 3, 5, 8])
+def test_integers_take_no_more_than_their_bits(bits, tmp_path):
+  """Where all levels are equally frequent, which no code can shorten."""
+
+  class Large(tiny.Mlp):
+    def __init__(self, rngs):
+      super().__init__(rngs)
+      self.hidden = nnx.Linear(16, 20_000, rngs=rngs)
+      self.head = nnx.Linear(20_000, tiny.CLASSES, rngs=rngs)
+
+  net = tiny.compressed(Large)
+  plan = compress.Plan(
+    open={},
+    weight_bits=dict.fromkeys(('hidden', 'head'), bits),
+    act_bits=dict.fromkeys(('hidden', 'head'), 8),
+  )
+  model = harden.harden(compress.freeze(net, plan, tiny.batch(64)['image']))
+  top = 2 ** (bits - 1) - 1
+  rng = np.random.default_rng(bits)
+  size = 0
+  for hook in compress.hooks(model):
+    kernel = hook.layer.kernel
+    integers = rng.integers(-top, top + 1, kernel.shape)
+    kernel.set_value(jnp.asarray(integers, kernel.dtype))
+    size += integers.size * bits / 8
+  save(tmp_path / 'artifact', model)
+  arrays = sum(
+    f.stat().st_size
+    for f in (tmp_path / 'artifact' / 'arrays').rglob('*')
+    if f.is_file()
+  )
+  floats = [
+    v for v in jax.tree.leaves(nnx.state(model)) if v.dtype == 'float32'
+  ]
+  assert arrays < 1.02 * (size + 4 * sum(v.size for v in floats)) + 3000
+  again = load(tmp_path / 'artifact', Large)
+  for ours, theirs in zip(compress.hooks(again), compress.hooks(model)):
+    np.testing.assert_array_equal(ours.layer.kernel, theirs.layer.kernel)
 
 
 def test_loading_executes_nothing(saved, monkeypatch):
@@ -185,6 +232,7 @@ def test_saving_again_replaces(tmp_path):
   assert sorted(f.name for f in folder.parent.iterdir()) == ['artifact']
   assert sorted(f.name for f in folder.iterdir()) == [
     'arrays',
+    'index.xz',
     'manifest.json',
     'program.xz',
   ]
@@ -237,19 +285,21 @@ def test_an_altered_manifest(artifact):
   refused(artifact, 'was altered or is incomplete')
 
 
-def test_older_version(artifact):
-  edit(artifact, version=1)
-  refused(artifact, 'has format version 1, which this djpq_jax no longer reads')
+@pytest.mark.parametrize('version', [1, 3])
+def test_older_version(artifact, version):
+  edit(artifact, version=version)
+  message = f'has format version {version}, which this djpq_jax no longer reads'
+  refused(artifact, message)
 
 
 def test_newer_version(artifact):
   edit(artifact, version=manifest_lib.VERSION + 1)
-  refused(artifact, 'has format version 4, .* reads up to 3; update djpq_jax')
+  refused(artifact, 'has format version 5, .* reads up to 4; update djpq_jax')
 
 
 @pytest.mark.parametrize(
   'key',
-  'model layers plan arrays sha256 reasons signed_inputs provenance'.split(),
+  'model layers totals sha256 program provenance'.split(),
 )
 def test_manifest_without_a_key(artifact, key):
   path = artifact / 'manifest.json'
@@ -257,6 +307,31 @@ def test_manifest_without_a_key(artifact, key):
   del manifest[key]
   path.write_text(json.dumps(manifest))
   refused(artifact, f'is damaged: it lacks .*{key}')
+
+
+@pytest.mark.parametrize('key', sorted(index.KEYS))
+def test_index_without_a_key(artifact, key):
+  stored = index.read(artifact)
+  del stored[key]
+  index.write(artifact, stored)
+  edit(artifact)
+  refused(artifact, 'index.xz is damaged: it does not hold arrays, plan')
+
+
+@pytest.mark.parametrize(
+  'content', [b'', b'no xz', lzma.compress(b'no JSON'), lzma.compress(b'3')]
+)
+def test_an_index_that_is_none(artifact, content):
+  (artifact / 'index.xz').write_bytes(content)
+  edit(artifact)
+  refused(artifact, 'index.xz is damaged')
+
+
+def test_what_would_fill_memory_is_refused(artifact, monkeypatch):
+  monkeypatch.setattr(xz, 'LARGEST', 1000)
+  content = lzma.compress(b' ' * 2000)
+  with pytest.raises(ValueError, match=r'Memory usage limit|too long'):
+    xz.decompress(content)
 
 
 @pytest.mark.parametrize(
@@ -431,7 +506,10 @@ def test_pack_round_trip(bits):
   values[0, 0, :2] = low, high
   packed = packing.pack(values, bits)
   assert packed.dtype == np.uint8
-  assert packed.shape == (-(-values.size * bits // 8),)
+  # Of 105; up to 8 bits no integer crosses the border of a byte.
+  wanted = {2: 27, 3: 53, 4: 53}.get(bits, 105 if bits <= 8 else None)
+  wanted = wanted or -(-values.size * bits // 8)
+  assert packed.shape == (wanted,) == (packing.packed_bytes(105, bits),)
   back = packing.unpack(packed, bits, values.shape)
   assert back.dtype == dtype
   np.testing.assert_array_equal(back, values)

@@ -1,5 +1,6 @@
 """A written file computes what the model does, in integers where it can."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -143,6 +144,12 @@ def test_eight_bits_run_as_integers(tmp_path):
   assert not {'Conv', 'FusedConv', 'MatMul', 'Gemm'} & set(found.operators)
 
 
+def test_eight_bits_can_be_exact(tmp_path):
+  found = written(build('flatten', 8), tmp_path, form='exact')
+  assert found.deviation.fault(strict=True) == ''
+  assert 'QLinearConv' not in found.operators
+
+
 def test_integer_form_has_integer_sums(tmp_path):
   found = written(build('residual', 8), tmp_path, form='integer')
   assert found.deviation.fault(strict=True) == ''
@@ -167,6 +174,7 @@ def test_stablehlo_computes_what_the_model_does(name, tmp_path):
   facts = {'artifact': 'abc'}
   found = written(build(name), tmp_path, format='stablehlo', facts=facts)
   assert found.deviation.fault(strict=True) == ''
+  assert found.deviation.largest == 0
   loaded = stablehlo_file.Loaded(found.path)
   assert loaded.program.platforms == stablehlo.PLATFORMS
   assert '8x' not in str(loaded.program.in_avals[0].shape[0])
@@ -226,7 +234,7 @@ def test_what_has_no_form_is_refused_by_name(tmp_path):
   ('kwargs', 'match'),
   [
     (dict(format='tflite'), "no format 'tflite'; known: onnx, stablehlo"),
-    (dict(form='int4'), "no form 'int4'; known: qdq, integer"),
+    (dict(form='int4'), "no form 'int4'; known: qdq, exact, integer"),
     (dict(batch=0), 'at least one example, not 0'),
   ],
 )
@@ -264,6 +272,36 @@ def test_the_example_serves_the_file(tmp_path):
   assert done.stdout.split() == [str(label) for label in wanted]
 
 
+def test_a_layer_without_a_whole_bias_runs_in_float(tmp_path, monkeypatch):
+  """If it is one of few; else all stay integers, and the file deviates."""
+  found = folding._whole_bias
+
+  def none_for_convolutions(graph, node):
+    elsewhere = int(node.op == 'Conv')
+    return dataclasses.replace(found(graph, node), elsewhere=elsewhere)
+
+  monkeypatch.setattr(folding, '_whole_bias', none_for_convolutions)
+  one = written(build('flatten', 4), tmp_path)
+  assert one.operators['QLinearConv'] == 1
+  monkeypatch.setattr(folding, 'MOST_IN_FLOAT', 0.5)
+  other = written(build('flatten', 4), tmp_path)
+  assert 'QLinearConv' not in other.operators
+  assert other.operators['QGemm'] == 1
+  assert other.deviation.fault(strict=True) == ''
+
+
+def test_what_runs_in_float_has_exact_sums():
+  graph, _ = onnx_file.translated(build('residual', 4), tiny.SHAPE)
+  (last,) = (n for n in graph.nodes if n.op == 'Conv' and n.layer == 'conv2')
+  for name in last.inputs:
+    source = graph.producer(name)
+    assert source.op == 'DequantizeLinear'
+    assert graph.constants[source.inputs[1]] == 1
+  below = graph.only_consumer(last.output)
+  assert below.op == 'Mul'
+  assert graph.only_consumer(below.output).op == 'Add'
+
+
 @pytest.mark.parametrize(('levels', 'most'), [(3, 127), (15, 18)])
 def test_a_whole_bias_keeps_each_sum_at_its_level(levels, most):
   """Each reachable sum is rounded in both ways, in float64."""
@@ -274,18 +312,16 @@ def test_a_whole_bias_keeps_each_sum_at_its_level(levels, most):
   begins = folding._level_begins(
     bias, unit, np.full(channels, reach), step, 0, levels
   )
-  finer, wider, whole = folding._whole_steps(
-    bias / unit, begins, np.full(channels, most)
-  )
+  found = folding._whole_steps(bias / unit, begins, np.full(channels, most))
+  finer, wider, whole = found.finer, found.wider, found.whole
+  assert found.elsewhere == 0
   assert np.all(whole == np.round(whole))
   sums = np.arange(-reach, reach + 1)
   exact = sums * unit[:, None] + bias[:, None]
   finer_unit = (unit * wider / finer)[:, None]
   moved = finer_unit * (sums * finer[:, None] + whole[:, None])
-  wanted, found = (
-    np.clip(np.round(y / step), 0, levels) for y in (exact, moved)
-  )
-  np.testing.assert_array_equal(found, wanted)
+  wanted, got = (np.clip(np.round(y / step), 0, levels) for y in (exact, moved))
+  np.testing.assert_array_equal(got, wanted)
 
 
 def test_deviations_are_told():

@@ -4,8 +4,9 @@ A folder::
 
     artifact/
       manifest.json   what it is: layers, bits, channels, totals, accuracy
-      arrays/         orbax: one array of all integers, packed at their bit
-                      width, and one of all floats
+      index.xz        names and shapes of all arrays, the plan, as JSON
+      arrays/         orbax: one array of all integers, packed, and one of all
+                      floats; both are entropy coded
       program.xz      what computes with them, as StableHLO
 
 `load` gives the model, if its Python class is at hand; it takes JSON and
@@ -31,6 +32,7 @@ from djpq_jax import graph as graph_lib
 from djpq_jax import harden
 from djpq_jax import integer
 from djpq_jax import layers
+from djpq_jax.checkpoint import index as index_lib
 from djpq_jax.checkpoint import manifest as manifest_lib
 from djpq_jax.checkpoint import packing
 from djpq_jax.checkpoint import program as program_lib
@@ -76,13 +78,18 @@ def save(
   entries: dict[str, str] = {}
   bits = {row.name: row.weight_bits for row in rows}
   stored = program_lib.names(model)
+  values = []
   for key, variable in nnx.to_flat_state(nnx.state(model)):
     name = '/'.join(map(str, key))
     if name not in stored:
       continue
-    value = np.asarray(variable[...])
+    value, width = np.asarray(variable[...]), 0
     if isinstance(variable, layers.IntegerParam):
       width = bits[name.removeprefix('model/').removesuffix('/kernel')]
+    values.append((width, name, value))
+  # Of one width side by side: they share the codes of their bytes.
+  for width, name, value in sorted(values, key=lambda v: v[:2]):
+    if width:
       entries[name] = manifest_lib.spec(f'{PACKED} int{width}', value.shape)
       parts.setdefault(PACKED, []).append(packing.pack(value, width))
     else:
@@ -103,16 +110,18 @@ def save(
     'totals': harden.totals(model, rows),
     'layers': [vars(row) for row in rows],
     'float_layers': integer.left_float(model),
+    'program': reason or program_lib.FILE_NAME,
+  }
+  index = {
     'signed_inputs': _signed(model),
     'reasons': {g.name: g.reason for g in model.structure.groups if g.reason},
     'plan': model.structure.plan.to_json(),
-    'program': reason or program_lib.FILE_NAME,
     'arrays': entries,
   }
   with files.to_write(
     files.absolute(files.path(folder)), manifest_lib.FILE_NAME
   ) as partial:
-    _write(partial, manifest, arrays, code)
+    _write(partial, manifest, index, arrays, code)
 
 
 def _signed(model) -> dict[str, bool]:
@@ -123,7 +132,9 @@ def _signed(model) -> dict[str, bool]:
   }
 
 
-def _write(folder: pathlib.Path, manifest, arrays, code: bytes | None) -> None:
+def _write(
+  folder: pathlib.Path, manifest, index, arrays, code: bytes | None
+) -> None:
   this = jax.process_index()  # of many processes, the one that writes
   alone = ocp.options.MultiprocessingOptions(
     primary_host=this,
@@ -132,6 +143,7 @@ def _write(folder: pathlib.Path, manifest, arrays, code: bytes | None) -> None:
   )
   with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
     checkpointer.save(folder / 'arrays', arrays)
+  index_lib.write(folder, index)
   if code is not None:
     (folder / program_lib.FILE_NAME).write_bytes(code)
   sha256 = manifest_lib.content_hash(manifest, folder)
@@ -192,7 +204,7 @@ def load_program(folder) -> program_lib.Program:
 
 
 def _read(folder) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-  """The manifest and the arrays, once the hash of all is right."""
+  """Manifest with index, and the arrays, once the hash of all is right."""
   manifest = read_manifest(folder)
   with files.to_read(files.path(folder)) as here:
     if not (here / 'arrays').is_dir():
@@ -202,6 +214,12 @@ def _read(folder) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         f'{folder} was altered or is incomplete: its files do not have the '
         'hash that the manifest states'
       )
+    try:
+      manifest |= index_lib.read(here)
+    except (OSError, ValueError) as error:
+      raise ArtifactError(
+        f'{folder}/{index_lib.FILE_NAME} is damaged: {_first_line(error)}'
+      ) from error
     try:
       return manifest, _read_arrays(here / 'arrays')
     except Exception as error:  # orbax and tensorstore raise many kinds
@@ -220,7 +238,7 @@ def _unpacked(specs, arrays) -> dict[str, np.ndarray]:
     packed = dtype.startswith(PACKED)
     bits = int(dtype.removeprefix(f'{PACKED} int')) if packed else 0
     kind = PACKED if packed else dtype
-    size = -(-size * bits // 8) if packed else size
+    size = packing.packed_bytes(size, bits) if packed else size
     value = arrays[kind][done[kind] : done[kind] + size]
     done[kind] += size
     if packed:

@@ -1,4 +1,4 @@
-"""The manifest of an artifact: what it holds, for people and for `load`."""
+"""The manifest of an artifact: what it is, for people and for `load`."""
 
 from collections.abc import Mapping
 import hashlib
@@ -7,12 +7,13 @@ import pathlib
 from typing import Any
 
 from djpq_jax import files
+from djpq_jax.checkpoint import index
 from djpq_jax.checkpoint import program
 
 FORMAT = 'djpq_jax hardened model'
-VERSION = 3
-KEYS = {'model', 'input_shape', 'totals', 'layers', 'signed_inputs', 'reasons'}
-KEYS |= {'plan', 'arrays', 'sha256', 'provenance', 'program', 'float_layers'}
+VERSION = 4
+KEYS = {'model', 'input_shape', 'totals', 'layers', 'float_layers'}
+KEYS |= {'provenance', 'program', 'sha256'}
 FILE_NAME = 'manifest.json'
 
 
@@ -59,7 +60,7 @@ def read_manifest(folder) -> dict[str, Any]:
 
 
 def to_text(value, depth: int = 2, indent: str = '') -> str:
-  """JSON with one line for each layer, array and group."""
+  """JSON with one line for each layer."""
   if not depth or not isinstance(value, dict | list) or not value:
     return json.dumps(value, allow_nan=False)
   inner = indent + ' '
@@ -77,11 +78,12 @@ def to_text(value, depth: int = 2, indent: str = '') -> str:
 
 
 def content_hash(manifest: Mapping[str, Any], folder: pathlib.Path) -> str:
-  """Of the manifest, the arrays and the program; nothing else belongs to it."""
+  """Of the manifest, index, arrays and program; nothing else belongs to it."""
   said = {k: v for k, v in manifest.items() if k != 'sha256'}
   digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
   arrays = (folder / 'arrays').rglob('[!.]*')  # not what file managers leave
-  for path in [*sorted(arrays), folder / program.FILE_NAME]:
+  others = [folder / index.FILE_NAME, folder / program.FILE_NAME]
+  for path in [*sorted(arrays), *others]:
     if path.is_file():
       content = path.read_bytes()
       name = path.relative_to(folder).as_posix()

@@ -4,7 +4,6 @@ It takes the arrays as arguments, so that they are stored once.
 """
 
 from collections.abc import Mapping
-import lzma
 
 from flax import nnx
 import jax
@@ -16,9 +15,9 @@ from djpq_jax import compress
 from djpq_jax import harden
 from djpq_jax import integer
 from djpq_jax import stablehlo
+from djpq_jax.checkpoint import xz
 
 FILE_NAME = 'program.xz'
-LARGEST = 2**28  # bytes of a program, to stop at what was made to fill memory
 
 
 def serialized(
@@ -56,7 +55,7 @@ def serialized(
     )
   except stablehlo.NotExportable as error:
     return None, str(error)
-  return lzma.compress(bytes(exported.serialize())), ''
+  return xz.compress(bytes(exported.serialize())), ''
 
 
 def names(model: harden.HardenedModel) -> set[str]:
@@ -81,11 +80,7 @@ class Program:
   """
 
   def __init__(self, content: bytes, arrays: Mapping[str, np.ndarray]):
-    unpacking = lzma.LZMADecompressor(memlimit=LARGEST)
-    plain = unpacking.decompress(content, LARGEST)
-    if not unpacking.eof:
-      raise ValueError('it is truncated, or too long')
-    exported = jax.export.deserialize(bytearray(plain))
+    exported = jax.export.deserialize(bytearray(xz.decompress(content)))
     stablehlo.check(exported)
     self._arrays = {name: jnp.asarray(value) for name, value in arrays.items()}
     self._call = jax.jit(exported.call)

@@ -29,7 +29,8 @@ def add_command(commands) -> None:
     choices=export.FORMS,
     default='qdq',
     help='of ONNX: QuantizeLinear and DequantizeLinear around each layer, for '
-    'runtimes to fuse (default), or integer operators with exact sums',
+    'runtimes to fuse (default); the same with float sums of whole numbers '
+    'where fusing would round elsewhere; or integer operators',
   )
   command.add_argument(
     '--images', type=int, default=1000, help='test images to check it on'
@@ -77,7 +78,7 @@ def _run(args) -> None:
     _print_export(result, name)
   fault = found.fault(strict=args.strict)
   if fault and not args.allow_deviation:
-    more = '; --form integer has exact sums' * (
+    more = '; --form exact has exact sums' * (
       args.format == 'onnx' and args.form == 'qdq'
     )
     raise ValueError(

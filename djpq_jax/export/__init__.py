@@ -67,8 +67,9 @@ def export(
     format: 'onnx' or 'stablehlo'.
     batch: examples of a call, or None for any number.
     form: of ONNX: 'qdq' has pairs of QuantizeLinear and DequantizeLinear,
-      which runtimes fuse into integer layers; 'integer' has ConvInteger and
-      MatMulInteger, whose sums are exact.
+      which runtimes fuse into integer layers; 'exact' is alike, with float
+      sums of whole numbers where an integer layer would round elsewhere;
+      'integer' has ConvInteger and MatMulInteger, whose sums are exact.
     facts: JSON-ready, written into the file or beside it.
 
   Returns:

@@ -7,6 +7,8 @@ go into the scales of the kernel and into the bias.  All that is done here
 holds in real arithmetic; in float32 the last bit may differ.
 """
 
+import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -16,8 +18,14 @@ from djpq_jax.export import nodes
 AFFINE = ('Add', 'Sub', 'Mul', 'Div')
 
 
-def simplify(graph: nodes.Graph) -> None:
-  """Does all of it, in place."""
+def simplify(graph: nodes.Graph, *, exact: bool = False) -> None:
+  """Does all of it, in place.
+
+  Args:
+    graph: to change.
+    exact: whether each layer runs in float that could not be an integer one
+      without moving a sum to another level.
+  """
   graph.prune()
   while any(_hoisted(graph, node) for node in list(graph.nodes)):
     pass
@@ -27,10 +35,37 @@ def simplify(graph: nodes.Graph) -> None:
   for node in list(graph.nodes):
     if node.op in ('Conv', 'MatMul', 'Mul') and node in graph.nodes:
       _fold(graph, node)
-  for node in list(graph.nodes):
-    if node.op in ('Conv', 'Gemm'):
-      _whole_bias(graph, node)
+  _settle_sums(graph, 1.0 if exact else MOST_IN_FLOAT)
   graph.prune()
+
+
+# Of the layers that could be integer ones.
+MOST_IN_FLOAT = 0.25
+
+
+def _settle_sums(graph: nodes.Graph, most_in_float: float) -> None:
+  """Prepares each product to be an integer one, or an exact one in float.
+
+  A convolution can be an integer one where its result is quantized next.  Few
+  of these lack a bias that leaves all levels in place if bits are few; these
+  run in float then, so that the whole file is exact.  If many do, as with
+  eight bits, nothing would be won by it.
+  """
+  integer, floating = {}, []
+  for node in list(graph.nodes):
+    if node.op not in ('Conv', 'Gemm') or not _is_quantized(graph, node):
+      continue
+    if node.op == 'Conv' and _next_grid(graph, node) is None:
+      floating.append(node)
+    else:
+      integer[node.output] = node, _whole_bias(graph, node)
+  inexact = [name for name, (_, bias) in integer.items() if bias.elsewhere]
+  if len(inexact) <= most_in_float * len(integer):
+    floating += [integer.pop(name)[0] for name in inexact]
+  for node in floating:
+    _exact_sums(graph, node)
+  for node, bias in integer.values():
+    _give_bias(graph, node, bias)
 
 
 def _constant_operand(graph, node):
@@ -284,17 +319,68 @@ def _rewrite(graph, conv, factor, summand) -> None:
   conv.op = 'Conv' if axis == 0 else 'Gemm'
 
 
-def _whole_bias(graph: nodes.Graph, node: nodes.Node) -> None:
+def _exact_sums(graph: nodes.Graph, conv: nodes.Node) -> None:
+  """Takes the steps out of a convolution that runs in float.
+
+  Its sums are then those of whole numbers, which float32 adds up exactly, in
+  whatever order; the steps come after them.  Sums of rounded products would
+  move some activations of the next layers to another level.
+  """
+  inputs, weights = (graph.producer(name) for name in conv.inputs[:2])
+  assert inputs is not None
+  assert weights is not None
+  if graph.only_consumer(inputs.output) is not conv:
+    return
+  step, scale = (graph.constants[n.inputs[1]] for n in (inputs, weights))
+  shape = [1, -1, *[1] * (len(graph.dims[conv.output]) - 2)]
+  one = graph.constant(np.float32(1), 'one')
+  zero = graph.constant(np.array(0, np.int8), 'zero')
+  inputs.inputs = [inputs.inputs[0], one, inputs.inputs[2]]
+  weights.inputs = [weights.inputs[0], one, zero]
+  weights.attributes = {}
+  layer = conv.layer
+  factor = (scale.astype(np.float64) * step).astype(np.float32)
+  after = [('Mul', factor.reshape(shape))]
+  if len(conv.inputs) > 2:
+    bias = graph.constants[conv.inputs.pop()]
+    after.append(('Add', bias.reshape(shape)))
+  last = conv
+  for op, array in after:
+    name = graph.constant(array, f'{layer}/{op}')
+    node = nodes.Node(op, [last.output, name], graph.name(op), {}, layer)
+    graph.dims[node.output] = graph.dims[conv.output]
+    graph.redirect(last.output, node.output)
+    node.inputs[0] = last.output
+    graph.nodes.insert(graph.nodes.index(last) + 1, node)
+    last = node
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bias:
+  """A bias in whole steps of the sums, each [channels] of an output.
+
+  Attributes:
+    finer: how many times finer the steps of the sums get.
+    wider: a factor near 1 by which they are wider than that.
+    whole: the bias in these steps.
+    elsewhere: levels of the next grid that then begin at another sum, of all
+      channels.
+  """
+
+  finer: np.ndarray
+  wider: np.ndarray
+  whole: np.ndarray
+  elsewhere: int
+
+
+def _whole_bias(graph: nodes.Graph, node: nodes.Node) -> _Bias:
   """A bias in whole steps of the sums: ONNX Runtime takes no other.
 
-  A convolution needs it where its result is quantized next; else it runs in
-  float anyway.  The kernel's integers are made as large as they can be and
-  its steps as small, so that a step of the sums is small; and where a whole
-  number leaves all results as they are, it is taken.
+  The kernel's integers are made as large as they can be and its steps as
+  small, so that a step of the sums is small; and where a whole number leaves
+  all results as they are, it is taken.
   """
   grid = _next_grid(graph, node)
-  if not _is_quantized(graph, node) or (grid is None and node.op == 'Conv'):
-    return
   inputs, weights = (graph.producer(name) for name in node.inputs[:2])
   assert weights is not None
   assert inputs is not None
@@ -316,13 +402,25 @@ def _whole_bias(graph: nodes.Graph, node: nodes.Node) -> None:
   # Processors without 8-bit dot products add pairs of products in 16 bits.
   most = min(127, 2**15 // (2 * (255 if signed else top)))
   most = np.maximum(1, most // np.maximum(1, flat.max(axis=1)))
-  finer, wider, whole = _whole_steps(bias / unit, begins, most)
-  if np.any(np.abs(whole) >= 2**30):
+  return _whole_steps(bias / unit, begins, most)
+
+
+def _give_bias(graph: nodes.Graph, node: nodes.Node, bias: _Bias) -> None:
+  """Carries out what `_whole_bias` found."""
+  if np.any(np.abs(bias.whole) >= 2**30):
     return  # of a channel of tiny weights: no int32, so it stays as it is
-  scale = (scale * wider / finer).astype(np.float32)
+  inputs, weights = (graph.producer(name) for name in node.inputs[:2])
+  assert weights is not None
+  assert inputs is not None
+  integers, scale, _ = (graph.constants[i] for i in weights.inputs)
+  axis = 0 if node.op == 'Conv' else 1
+  channels = integers.shape[axis]
+  step = float(graph.constants[inputs.inputs[1]])
+  scale = np.broadcast_to(scale, (channels,))
+  scale = (scale * bias.wider / bias.finer).astype(np.float32)
   layer = weights.layer
   column = [-1 if a == axis else 1 for a in range(integers.ndim)]
-  integers = (integers * finer.reshape(column)).astype(np.int8)
+  integers = (integers * bias.finer.reshape(column)).astype(np.int8)
   weights.inputs = [
     graph.constant(integers, f'{layer}/kernel'),
     graph.constant(scale, f'{layer}/step'),
@@ -330,7 +428,7 @@ def _whole_bias(graph: nodes.Graph, node: nodes.Node) -> None:
   ]
   weights.attributes = {'axis': axis}
   names = [
-    graph.constant(whole.astype(np.int32), f'{layer}/bias'),
+    graph.constant(bias.whole.astype(np.int32), f'{layer}/bias'),
     graph.constant(scale * np.float32(step), f'{layer}/unit'),
     graph.constant(np.zeros(channels, np.int32), f'{layer}/zero'),
   ]
@@ -341,7 +439,7 @@ def _whole_bias(graph: nodes.Graph, node: nodes.Node) -> None:
   node.inputs[2:] = [name]
 
 
-def _whole_steps(bias, begins, most):
+def _whole_steps(bias, begins, most) -> _Bias:
   """Picks finer steps for the sums, and the bias as a whole number of these.
 
   Steps and bias may move by what takes no sum to another level.  Of all that
@@ -352,24 +450,22 @@ def _whole_steps(bias, begins, most):
     bias: in steps of the sums as they are, [channels].
     begins: from `_level_begins`.
     most: how many times finer the sums can get, [channels].
-
-  Returns:
-    How many times finer they get, a factor near 1 by which their steps are
-    wider than that, and the bias in these steps, each [channels].
   """
   finer, wider = most.copy(), np.ones_like(bias)
   whole = np.round(most * bias)
   if not begins.shape[1]:
-    return finer, wider, whole
+    return _Bias(finer, wider, whole, 0)
   ends = np.ceil(begins)
   # So much wider moves the outermost level by half a sum.
   reach = np.nanmax(np.abs(begins + bias[:, None]), axis=1, initial=1.0)
   fewest = np.full(len(bias), np.inf)
-  for factor in range(most.max(), 0, -1):
-    for stretch in sorted(np.linspace(-1, 1, 21), key=abs):
+  for stretches in _STRETCHES:
+    for factor, stretch in itertools.product(
+      range(most.max(), 0, -1), stretches
+    ):
       todo = np.flatnonzero((fewest > 0) & (factor <= most))
       if not todo.size:
-        break
+        continue
       width = 1 + stretch / 2 / reach[todo]
       # The bias that puts a level's begin at the sum at which it is.
       room = (begins + bias[:, None])[todo] / width[:, None] - ends[todo]
@@ -386,10 +482,16 @@ def _whole_steps(bias, begins, most):
       at = todo[better]
       finer[at], wider[at], whole[at] = factor, width[better], tried[better]
       fewest[at] = elsewhere[better]
-  return finer, wider, whole
+  return _Bias(finer, wider, whole, int(fewest.sum()))
 
 
 MARGIN = 1e-4  # of a step of the sums
+# By how many halves of a sum the outermost level is moved; the finer and wider
+# ones for channels that the others leave with a level elsewhere.
+_STRETCHES = [
+  sorted(np.linspace(-end, end, count), key=abs)
+  for end, count in ((1, 21), (2, 401))
+]
 
 
 def _level_begins(bias, unit, reach, step, lowest, highest):

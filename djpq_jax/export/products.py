@@ -37,7 +37,14 @@ def layer_input(t, eqn, values):
   zero = np.array(shift, np.uint8)
   low = shift - grid.levels if grid.signed else 0
   high = shift + grid.levels
-  q = _node(t, layer, 'QuantizeLinear', x, np.float32(grid.step), zero)
+  step = np.float32(grid.step)
+  if t.form != 'qdq':
+    # As the model does it; a quotient now and then rounds to another level.
+    # 'qdq' keeps both scales of a pair alike, for runtimes that fuse.
+    inverse = t.graph.constant(np.float32(1) / step, f'{layer}/inverse')
+    x = t.add('Mul', [x, inverse], x.dims, x.order)
+    step = np.float32(1)
+  q = _node(t, layer, 'QuantizeLinear', x, step, zero)
   if (low, high) != (0, UINT8_LEVELS):
     q = _node(
       t, layer, 'Clip', q, np.array(low, np.uint8), np.array(high, np.uint8)
