@@ -109,6 +109,8 @@ def one(config, model, float_accuracy) -> dict:
       trained=model,
       progress=lambda *_: None,
     )
+  # Some twenty runs would leave the compiler no memory to map programs to.
+  jax.clear_caches()
   keys = ('accuracy', 'relative_bops', 'bops', 'macs', 'artifact_bytes')
   kept = {k: report[k] for k in keys}
   kept['float_accuracy'] = float_accuracy

@@ -19,6 +19,7 @@ import json
 import pathlib
 
 import compare
+import jax
 import numpy as np
 
 from djpq_jax import config as config_lib
@@ -59,6 +60,7 @@ def one(config, fold: int, folds: int, model) -> dict:
   hardened = harden.harden(phases.finetune(run, net, model))
   right = evaluation.evaluate(hardened, run.test_split)
   images = len(run.test_split)
+  jax.clear_caches()  # see compare.py
   return {'errors': round((1 - right) * images), 'images': images}
 
 
