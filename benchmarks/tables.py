@@ -64,9 +64,9 @@ def comparison(name: str) -> str:
   )
 
 
-def inference() -> str:
+def inference(name: str = 'inference') -> str:
   """Milliseconds of float32, and how many times faster the others are."""
-  found = json.loads((RESULTS / 'inference.json').read_text())
+  found = json.loads((RESULTS / f'{name}.json').read_text())
   made = found['environment']
   lines: list[str] = []
   for run in found['runs']:
@@ -243,6 +243,7 @@ def text(name: str) -> str:
   special = {
     'demo': demo,
     'inference': inference,
+    'inference_resnet18': lambda: inference('inference_resnet18'),
     'step_cost': step_cost,
     'devices': devices,
     'export': export,
