@@ -91,9 +91,9 @@ def reliability() -> str:
   return '\n'.join(lines) + '\n\n' + _made(found)
 
 
-def inference() -> str:
+def inference(name: str = 'inference') -> str:
   """Milliseconds of float32, and how many times faster the others are."""
-  found = json.loads((RESULTS / 'inference.json').read_text())
+  found = json.loads((RESULTS / f'{name}.json').read_text())
   made = found['environment']
   lines: list[str] = []
   for run in found['runs']:
@@ -294,6 +294,7 @@ def text(name: str) -> str:
     'demo': demo,
     'reliability': reliability,
     'inference': inference,
+    'inference_resnet18': lambda: inference('inference_resnet18'),
     'step_cost': step_cost,
     'devices': devices,
     'peers_digits': peers_digits,
