@@ -5,6 +5,7 @@ import json
 import pathlib
 from typing import Any
 
+import jax
 import rich.console
 import rich.table
 
@@ -87,6 +88,9 @@ def _run(args) -> None:
     work.check()
     report, _ = training.carry_out(config, work, console, float_dir=home.path)
     points.append(_point(report, folder.name))
+    # No other budget has the same programs; dozens would exhaust the memory
+    # maps that a process may have.
+    jax.clear_caches()
   if parallel.is_first():
     _finish(points, home.path, console)
 
