@@ -18,9 +18,9 @@ from djpq_jax import compress
 from djpq_jax import export
 from djpq_jax import harden
 from djpq_jax import stablehlo
-from djpq_jax.export import folding
 from djpq_jax.export import onnx_file
 from djpq_jax.export import stablehlo_file
+from djpq_jax.export import sums
 from djpq_jax.export import verify
 
 pytest.importorskip('onnx', reason="needs pip install 'djpq-jax[onnx]'")
@@ -274,16 +274,16 @@ def test_the_example_serves_the_file(tmp_path):
 
 def test_a_layer_without_a_whole_bias_runs_in_float(tmp_path, monkeypatch):
   """If it is one of few; else all stay integers, and the file deviates."""
-  found = folding._whole_bias
+  found = sums._whole_bias
 
   def none_for_convolutions(graph, node):
     elsewhere = int(node.op == 'Conv')
     return dataclasses.replace(found(graph, node), elsewhere=elsewhere)
 
-  monkeypatch.setattr(folding, '_whole_bias', none_for_convolutions)
+  monkeypatch.setattr(sums, '_whole_bias', none_for_convolutions)
   one = written(build('flatten', 4), tmp_path)
   assert one.operators['QLinearConv'] == 1
-  monkeypatch.setattr(folding, 'MOST_IN_FLOAT', 0.5)
+  monkeypatch.setattr(sums, 'MOST_IN_FLOAT', 0.5)
   other = written(build('flatten', 4), tmp_path)
   assert 'QLinearConv' not in other.operators
   assert other.operators['QGemm'] == 1
@@ -309,17 +309,17 @@ def test_a_whole_bias_keeps_each_sum_at_its_level(levels, most):
   channels, step, reach = 40, 0.3, 60
   unit = rng.uniform(0.01, 0.1, channels)
   bias = rng.normal(0, 0.5, channels)
-  begins = folding._level_begins(
+  begins = sums._level_begins(
     bias, unit, np.full(channels, reach), step, 0, levels
   )
-  found = folding._whole_steps(bias / unit, begins, np.full(channels, most))
+  found = sums._whole_steps(bias / unit, begins, np.full(channels, most))
   finer, wider, whole = found.finer, found.wider, found.whole
   assert found.elsewhere == 0
   assert np.all(whole == np.round(whole))
-  sums = np.arange(-reach, reach + 1)
-  exact = sums * unit[:, None] + bias[:, None]
+  totals = np.arange(-reach, reach + 1)
+  exact = totals * unit[:, None] + bias[:, None]
   finer_unit = (unit * wider / finer)[:, None]
-  moved = finer_unit * (sums * finer[:, None] + whole[:, None])
+  moved = finer_unit * (totals * finer[:, None] + whole[:, None])
   wanted, got = (np.clip(np.round(y / step), 0, levels) for y in (exact, moved))
   np.testing.assert_array_equal(got, wanted)
 

@@ -89,6 +89,17 @@ class Graph:
     found = self.consumers(name)
     return found[0] if len(found) == 1 and name != self.output else None
 
+  def add_after(self, node: Node, op: str, array, stem: str) -> Node:
+    """Puts `op` with a constant between a node and all that read it."""
+    name = self.constant(array, stem)
+    output = self.name(f'{node.layer}/{op}')
+    added = Node(op, [node.output, name], output, {}, node.layer)
+    self.dims[output] = self.dims[node.output]
+    self.redirect(node.output, output)
+    added.inputs[0] = node.output
+    self.nodes.insert(self.nodes.index(node) + 1, added)
+    return added
+
   def remove(self, node: Node, instead: str) -> None:
     """Takes a node out; who reads it reads `instead`."""
     self.nodes.remove(node)

@@ -70,7 +70,7 @@ class Translator:
     program: what to translate.
     rules: for each primitive, a function of (translator, equation, values)
       that returns the values of its outputs.
-    form: 'qdq', 'exact' or 'integer'; see `to_onnx`.
+    form: 'qdq', 'exact' or 'integer'; see `export`.
   """
 
   def __init__(
