@@ -73,6 +73,7 @@ def contestants(base, budgets, shares=()):
     'DJPQ': {},
     'DJPQ rates x 10': _rates(base, 10.0),
     'DJPQ rates / 10': _rates(base, 0.1),
+    'DJPQ half the search': _half_the_search(base),
     **{f'DJPQ {name}': fields for name, fields in ABLATIONS.items()},
     **{f'DJPQ {name}': ruled(fields) for name, fields in RULES.items()},
     'DJPQ-restrict': {'bit_choices': (2, 4, 8, 16, 32)},
@@ -97,6 +98,17 @@ def _rates(base, factor: float) -> dict:
     names = [n for n in optimizer if n.endswith('_rate')]
     found[phase] = {'optimizer': {n: factor * optimizer[n] for n in names}}
   return found
+
+
+def _half_the_search(base) -> dict:
+  """Half of it goes to finetuning; bits and gates move twice as fast."""
+  epochs = base.search.epochs / 2
+  optimizer = base.search.optimizer
+  rates = {n: 2 * optimizer[n] for n in ('quantizer_rate', 'gate_rate')}
+  return {
+    'search': {'epochs': epochs, 'optimizer': rates},
+    'finetune': {'epochs': base.finetune.epochs + epochs},
+  }
 
 
 def one(config, model, float_accuracy) -> dict:
@@ -143,19 +155,28 @@ def environment() -> dict:
   }
 
 
+def grouped(runs: list[dict]) -> dict[str, list[dict]]:
+  """Contestant -> its runs, in the order in which they were first met."""
+  found: dict[str, list[dict]] = {}
+  for run in runs:
+    found.setdefault(run['contestant'], []).append(run)
+  return found
+
+
+def markdown(head: str, rows: list[list[str]]) -> str:
+  """A table; `head` has the columns' names with ` | ` between them."""
+  lines = [f'| {head} |', '| --- ' * (head.count(' | ') + 1) + '|']
+  lines += [f'| {" | ".join(cells)} |' for cells in rows]
+  return '\n'.join(lines) + '\n\n'
+
+
 def table(runs: list[dict]) -> str:
   """Mean and standard deviation over seeds that ended well, as Markdown."""
-  lines = [
-    '| contestant | seeds | accuracy | relative BOPs |',
-    '| --- | --- | --- | --- |',
-  ]
-  rows: dict[str, list[dict]] = {}
-  for run in runs:
-    rows.setdefault(run['contestant'], []).append(run)
-  for name, all_seeds in rows.items():
+  rows = []
+  for name, all_seeds in grouped(runs).items():
     found = [r for r in all_seeds if 'error' not in r]
     if not found:
-      lines.append(f'| {name} | 0 of {len(all_seeds)} | | |')
+      rows.append([name, f'0 of {len(all_seeds)}', '', ''])
       continue
     accuracy = 100 * np.array([r['accuracy'] for r in found])
     relative = 100 * np.mean([r['relative_bops'] for r in found])
@@ -163,11 +184,12 @@ def table(runs: list[dict]) -> str:
     if len(found) < len(all_seeds):
       seeds += f' of {len(all_seeds)}'
     spread = f' ± {accuracy.std(ddof=1):.2f}' if len(found) > 1 else ''
-    lines.append(
-      f'| {name} | {seeds} | {accuracy.mean():.2f}{spread} % | '
-      f'{relative:.4f} % |'
+    rows.append(
+      [name, seeds, f'{accuracy.mean():.2f}{spread} %', f'{relative:.4f} %']
     )
-  return '\n'.join(lines)
+  return markdown(
+    'contestant | seeds | accuracy | relative BOPs', rows
+  ).rstrip()
 
 
 def main():

@@ -27,7 +27,7 @@ BLOCK = re.compile(r'(<!-- table (\w+) -->\n).*?(<!-- end -->)', re.DOTALL)
 
 def demo() -> str:
   """What `make demo` printed."""
-  found = json.loads((RESULTS / 'demo.json').read_text())
+  found = _result('demo')
   file = io.StringIO()
   console = rich.console.Console(file=file, width=80, color_system=None)
   report.print_report(found['report'], console)
@@ -53,32 +53,15 @@ def record(workdir: pathlib.Path) -> None:
 
 def comparison(name: str) -> str:
   """A table of contestants, and how to make it again."""
-  found = json.loads((RESULTS / f'{name}.json').read_text())
+  found = _result(name)
   return f'{compare.table(found["runs"])}\n\n{_made(found)}'
-
-
-def _made(found: dict) -> str:
-  """How to make a comparison again."""
-  made = found['environment']
-  versions = ', '.join(f'{k} {v}' for k, v in made['versions'].items())
-  commits = ', '.join(sorted({run['commit'] for run in found['runs']}))
-  return (
-    f'`{made["command"]}`, commit {commits}, {made["machine"]}, {versions}.\n'
-  )
 
 
 def reliability() -> str:
   """Of each contestant, how many seeds failed, and the worst of the others."""
-  found = json.loads((RESULTS / 'reliability.json').read_text())
-  rows: dict[str, list[dict]] = {}
-  for run in found['runs']:
-    rows.setdefault(run['contestant'], []).append(run)
-  lines = [
-    '| contestant | seeds | failed | least accuracy | mean | best | BOPs, most '
-    '| least |',
-    '| --- ' * 8 + '|',
-  ]
-  for name, runs in rows.items():
+  found = _result('reliability')
+  rows = []
+  for name, runs in compare.grouped(found['runs']).items():
     good = [run for run in runs if 'error' not in run]
     cells = [name, str(len(runs)), str(len(runs) - len(good))]
     if good:
@@ -87,54 +70,51 @@ def reliability() -> str:
       mean = sum(accuracy) / len(accuracy)
       cells += [f'{a:.2%}' for a in (min(accuracy), mean, max(accuracy))]
       cells += [f'{r:.4%}' for r in (max(relative), min(relative))]
-    lines.append('| ' + ' | '.join(cells + [''] * (8 - len(cells))) + ' |')
-  return '\n'.join(lines) + '\n\n' + _made(found)
+    rows.append(cells + [''] * (8 - len(cells)))
+  head = (
+    'contestant | seeds | failed | least accuracy | mean | best | BOPs, most '
+    '| least'
+  )
+  return compare.markdown(head, rows) + _made(found)
 
 
 def inference(name: str = 'inference') -> str:
   """Milliseconds of float32, and how many times faster the others are."""
-  found = json.loads((RESULTS / f'{name}.json').read_text())
-  made = found['environment']
-  lines: list[str] = []
+  found = _result(name)
+  rows = []
   for run in found['runs']:
-    rows = run['rows']
-    if not lines:
-      lines.append('| model | channels | batch | ' + ' | '.join(rows) + ' |')
-      lines.append('| --- ' * (3 + len(rows)) + '|')
     cells = [
       f'{row["median_ms"]:.1f} ms'
       if name == 'float32'
       else f'{row["median_ms_float32_over_this"]:.2f}x'
-      for name, row in rows.items()
+      for name, row in run['rows'].items()
     ]
-    head = run['model'], f'{run["keep"]:.0%}', str(run['batch'])
-    lines.append('| ' + ' | '.join([*head, *cells]) + ' |')
-  return (
-    '\n'.join(lines) + f'\n\n`{made["command"]}`, commit {found["commit"]}, '
-    f'{made["machine"]}, jax {made["versions"]["jax"]}.\n'
-  )
+    rows.append([run['model'], f'{run["keep"]:.0%}', str(run['batch']), *cells])
+  head = ' | '.join(['model | channels | batch', *found['runs'][0]['rows']])
+  return compare.markdown(head, rows) + _made(found)
 
 
 def layer_profile() -> str:
   """Where the time of ResNet-20 goes: each layer alone, at batch 64."""
-  found = json.loads((RESULTS / 'inference_cifar.json').read_text())
+  found = _result('inference_cifar')
   run = next(r for r in found['runs'] if (r['keep'], r['batch']) == (1, 64))
-  lines = [
-    '| layers | MACs of a batch | dequantized | float | int8 | int8, MACs/s |',
-    '| --- ' * 6 + '|',
-  ]
   stages: dict[str, list[dict]] = {}
   for row in run['layers']:
     stages.setdefault(row['layer'].partition('/')[0], []).append(row)
   stages['all'] = run['layers']
+  lines = []
   for name, rows in stages.items():
     total = {k: sum(r[k] for r in rows) for k in ('macs', *PROFILED)}
     lines.append(
-      f'| {name} | {total["macs"] / 1e6:.0f} M | '
-      + ' | '.join(f'{total[k]:.1f} ms' for k in PROFILED)
-      + f' | {total["macs"] / total["int8"] / 1e6:.0f} G |'
+      [
+        name,
+        f'{total["macs"] / 1e6:.0f} M',
+        *(f'{total[k]:.1f} ms' for k in PROFILED),
+        f'{total["macs"] / total["int8"] / 1e6:.0f} G',
+      ]
     )
-  return '\n'.join(lines) + '\n\n' + _made_at_once(found)
+  head = 'layers | MACs of a batch | dequantized | float | int8 | int8, MACs/s'
+  return compare.markdown(head, lines) + _made(found)
 
 
 PROFILED = ('dequantized', 'float', 'int8')
@@ -142,13 +122,9 @@ PROFILED = ('dequantized', 'float', 'int8')
 
 def step_cost() -> str:
   """What a step of each phase takes of the float step."""
-  found = json.loads((RESULTS / 'step_cost.json').read_text())
-  lines = [
-    '| model | image | batch | float step | search | finetuning | compile, s '
-    '| temporaries, MB |',
-    '| --- | --- | --- | --- | --- | --- | --- | --- |',
-  ]
+  found = _result('step_cost')
   runs = found['runs']
+  rows = []
   for phases in zip(runs[::3], runs[1::3], runs[2::3], strict=True):
     one = phases[0]
     assert [p['phase'] for p in phases] == ['float', 'search', 'finetune']
@@ -161,31 +137,19 @@ def step_cost() -> str:
       ' / '.join(f'{p["compile_seconds"]:.1f}' for p in phases),
       ' / '.join(f'{p["temporaries_MB"]:.0f}' for p in phases),
     ]
-    lines.append('| ' + ' | '.join(cells) + ' |')
-  return '\n'.join(lines) + '\n\n' + _made_by(runs)
-
-
-def _made_by(runs: list[dict]) -> str:
-  """Commands, commits and machine of rows that say them one by one."""
-  commands = list(dict.fromkeys(r['environment']['command'] for r in runs))
-  commits = ', '.join(sorted({r['commit'] for r in runs}))
-  made = runs[0]['environment']
-  return (
-    '; '.join(f'`{command}`' for command in commands)
-    + f', commit {commits}, {made["machine"]}, jax {made["versions"]["jax"]}.\n'
+    rows.append(cells)
+  head = (
+    'model | image | batch | float step | search | finetuning | compile, s '
+    '| temporaries, MB'
   )
+  return compare.markdown(head, rows) + _made(found)
 
 
 def devices() -> str:
   """Steps per second on several devices, and what they exchange."""
-  found = json.loads((RESULTS / 'devices.json').read_text())
-  lines = [
-    '| model | batch | step | devices | steps/s | exchanged | the exchange '
-    'alone |',
-    '| --- | --- | --- | --- | --- | --- | --- |',
-  ]
-  for run in found['runs']:
-    cells = [
+  found = _result('devices')
+  rows = [
+    [
       run['model'],
       str(run['batch']),
       run['wrapper'],
@@ -194,81 +158,76 @@ def devices() -> str:
       f'{run["exchanged_bytes"] / 1e6:.2f} MB',
       f'{1e3 * run["exchange_seconds"]:.1f} ms',
     ]
-    lines.append('| ' + ' | '.join(cells) + ' |')
-  return '\n'.join(lines) + '\n\n' + _made_by(found['runs'])
+    for run in found['runs']
+  ]
+  head = (
+    'model | batch | step | devices | steps/s | exchanged | the exchange alone'
+  )
+  return compare.markdown(head, rows) + _made(found)
 
 
 def peers_digits() -> str:
   """Other libraries, and what their user had to train for a row."""
-  found = json.loads((RESULTS / 'peers_digits.json').read_text())
-  made = found['environment']
-  rows: dict[str, list[dict]] = {}
-  for run in found['runs']:
-    rows.setdefault(run['contestant'], []).append(run)
+  found = _result('peers_digits')
   lines = compare.table(found['runs']).splitlines()
   lines[0] += ' trainings of each seed |'
   lines[1] += ' --- |'
-  for k, runs in enumerate(rows.values(), start=2):
+  for k, runs in enumerate(compare.grouped(found['runs']).values(), start=2):
     counts = ', '.join(str(run['trainings']) for run in runs)
     lines[k] += f' {counts} |'
-  versions = ', '.join(f'{k} {v}' for k, v in made['versions'].items())
-  commits = ', '.join(sorted({run['commit'] for run in found['runs']}))
-  commands = '; '.join(f'`{command}`' for command in made['commands'])
-  return (
-    '\n'.join(lines)
-    + f'\n\n{commands}, commit {commits}, {made["machine"]}, {versions}.\n'
-  )
+  return '\n'.join(lines) + '\n\n' + _made(found)
 
 
 def export() -> str:
   """How far each written file is from its model."""
-  found = json.loads((RESULTS / 'export.json').read_text())
-  lines = [
-    '| network | bits | file | images | other predictions | logits off by more '
-    'than a step | at most, % of their range | bytes |',
-    '| --- ' * 8 + '|',
-  ]
+  found = _result('export')
+  rows = []
   for run in found['runs']:
+    least, most = run['bits']
     for file in run['files']:
-      cells = [
-        _network(run),
-        '{}-{}'.format(*run['bits'])
-        if run['bits'][0] < run['bits'][1]
-        else str(run['bits'][0]),
-        f'{file["format"]} {file["form"] or file["batch"]}',
-        f'{file["images"]:,}',
-        f'{file["predictions"]:,}',
-        f'{file["beyond_step"]:,}',
-        f'{100 * file["largest"] / file["logit_range"]:.2g}',
-        f'{file["bytes"]:,}',
-      ]
-      lines.append('| ' + ' | '.join(cells) + ' |')
-  return '\n'.join(lines) + '\n\n' + _made_at_once(found)
+      rows.append(
+        [
+          _network(run),
+          f'{least}-{most}' if least < most else str(least),
+          f'{file["format"]} {file["form"] or file["batch"]}',
+          f'{file["images"]:,}',
+          f'{file["predictions"]:,}',
+          f'{file["beyond_step"]:,}',
+          f'{100 * file["largest"] / file["logit_range"]:.2g}',
+          f'{file["bytes"]:,}',
+        ]
+      )
+  head = (
+    'network | bits | file | images | other predictions | logits off by more '
+    'than a step | at most, % of their range | bytes'
+  )
+  return compare.markdown(head, rows) + _made(found)
 
 
 def artifact_size() -> str:
   """What artifacts take, beside their numbers at their bits."""
-  found = json.loads((RESULTS / 'export.json').read_text())
-  lines = [
-    '| network | integers at their bits | floats | artifact | over both | of '
-    'it arrays | program | manifest, index |',
-    '| --- ' * 8 + '|',
-  ]
+  found = _result('export')
+  rows = []
   for run in found['runs']:
     size = run['size']
     parts = size['parts']
-    cells = [
-      _network(run),
-      f'{size["integers_at_their_bits"]:,}',
-      f'{size["floats"]:,}',
-      f'{size["bytes"]:,}',
-      f'{size["over_integers_and_floats"]:.3f}',
-      f'{parts["arrays"]:,}',
-      f'{parts["program.xz"]:,}',
-      f'{parts["manifest.json"] + parts["index.xz"]:,}',
-    ]
-    lines.append('| ' + ' | '.join(cells) + ' |')
-  return '\n'.join(lines) + '\n\n' + _made_at_once(found)
+    rows.append(
+      [
+        _network(run),
+        f'{size["integers_at_their_bits"]:,}',
+        f'{size["floats"]:,}',
+        f'{size["bytes"]:,}',
+        f'{size["over_integers_and_floats"]:.3f}',
+        f'{parts["arrays"]:,}',
+        f'{parts["program.xz"]:,}',
+        f'{parts["manifest.json"] + parts["index.xz"]:,}',
+      ]
+    )
+  head = (
+    'network | integers at their bits | floats | artifact | over both | of '
+    'it arrays | program | manifest, index'
+  )
+  return compare.markdown(head, rows) + _made(found)
 
 
 def _network(run: dict) -> str:
@@ -279,12 +238,28 @@ def _network(run: dict) -> str:
   )
 
 
-def _made_at_once(found: dict) -> str:
-  """How to make what one commit measured again."""
-  made = found['environment']
+def _result(name: str) -> dict:
+  """What a benchmark wrote."""
+  return json.loads((RESULTS / f'{name}.json').read_text())
+
+
+def _made(found: dict) -> str:
+  """How to make a result again.
+
+  A file says it once or each run for itself; commits may differ by run in any
+  case, and a file that several commands added to has them all.
+  """
+  runs = found['runs']
+  made = [r['environment'] for r in runs if 'environment' in r]
+  made = made or [found['environment']]
+  commands = [c for m in made for c in m.get('commands', [m['command']])]
+  commits = {r.get('commit') or found['commit'] for r in runs}
+  versions = made[0]['versions'].items()
   return (
-    f'`{made["command"]}`, commit {found["commit"]}, {made["machine"]}, jax '
-    f'{made["versions"]["jax"]}.\n'
+    '; '.join(f'`{command}`' for command in dict.fromkeys(commands))
+    + f', commit {", ".join(sorted(commits))}, {made[0]["machine"]}, '
+    + ', '.join(f'{name} {version}' for name, version in versions)
+    + '.\n'
   )
 
 
