@@ -8,8 +8,9 @@ of both contestants take turns in one process:
 
     raw       decodes a JPEG and cuts out a random crop of 224 x 224, on one
               thread, from bytes in memory
-    pipeline  `djpq_jax.data.train_batch`: the same, with reading, mirroring,
-              normalizing and batching, on --threads threads
+    pipeline  `djpq_jax.data.train_batch` as `djpq train` calls it: the same,
+              with reading, mirroring and batching, on --threads threads; the
+              device normalizes
 
 Both are given per second and per second of processor time, which does not
 move with what else the machine does. The share is of raw times the cores.
@@ -99,7 +100,12 @@ def measure(home, args):
 
   def pipeline(step):
     data.train_batch(
-      split, step, batch_size=args.batch, seed=0, augment=AUGMENT
+      split,
+      step,
+      batch_size=args.batch,
+      seed=0,
+      augment=AUGMENT,
+      as_bytes=True,
     )
 
   raw()

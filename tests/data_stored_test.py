@@ -125,6 +125,13 @@ def test_a_training_batch_is_the_random_views(home, split):
     assert found['label'][i] == split.labels[row]
 
 
+def test_bytes_are_the_same_images_before_they_are_normalized(split):
+  images = batch(split)['image']
+  levels = batch(split, as_bytes=True)['image']
+  assert levels.dtype == np.uint8
+  np.testing.assert_array_equal(pipeline.normalize(levels, split), images)
+
+
 def test_the_same_bits_for_any_number_of_threads_and_any_order(home):
   streams = []
   for threads, steps in ((1, range(4)), (4, (3, 1, 0, 2)), (0, range(4))):

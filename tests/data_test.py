@@ -249,6 +249,21 @@ class TrainBatchTest(parameterized.TestCase):
     union = {k: np.concatenate([s[k] for s in shares]) for k in shares[0]}
     assert_batches_equal(union, data.train_batch(split, 9, **kwargs))
 
+  def test_bytes_stay_bytes_if_asked_for(self):
+    images = np.arange(8 * 4 * 4 * 3, dtype=np.uint16).reshape(8, 4, 4, 3)
+    images = (images % 256).astype(np.uint8)
+    labels = np.zeros(8, np.int32)
+    split = data.Split(images, labels, 1, 'some/train', (0.4,) * 3, (0.2,) * 3)
+    augment = data.Augment(shift=1, flip=True)
+    same = dict(batch_size=4, seed=0, augment=augment)
+    levels = data.train_batch(split, 0, as_bytes=True, **same)['image']
+    self.assertEqual(levels.dtype, np.uint8)
+    wanted = data.train_batch(split, 0, **same)['image']
+    np.testing.assert_array_equal(pipeline.normalize(levels, split), wanted)
+    bright = data.Split(images / np.float32(255), labels, 1, 'float/train')
+    found = data.train_batch(bright, 0, as_bytes=True, **same)['image']
+    self.assertEqual(found.dtype, np.float32)
+
   def test_does_not_touch_the_split(self):
     split, _ = data.load('synthetic', shape=(6, 6, 3), train_size=20)
     before = split.images.copy()

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import tiny
 
 from djpq_jax import budget as budget_lib
 from djpq_jax import compress
+from djpq_jax import data
 from djpq_jax import losses
 from djpq_jax import optim
 from djpq_jax import train
@@ -109,6 +111,37 @@ def affine():
   images = np.array([[1.0, 0.0], [0.0, 2.0]], np.float32)
   batch = {'image': images, 'label': np.array([0, 1], np.int32)}
   return train.init(Affine(), train.Objective(), optax.sgd(0.1)), batch
+
+
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_bytes_are_normalized_in_the_step(accumulate):
+  rng = np.random.default_rng(0)
+  label = rng.integers(0, tiny.CLASSES, 8, np.int32)
+  levels = rng.integers(0, 256, (8, *tiny.SHAPE), np.uint8)
+  pixels = data.Pixels(mean=(0.5,), std=(0.25,))
+  images = (levels / 255 - 0.5) / 0.25
+  found = [
+    train.jit_step(
+      plain(
+        train.Objective(distill=0.5),
+        teacher=tiny.make(tiny.Mlp),
+        pixels=pixels,
+        accumulate=accumulate,
+      ),
+      {'image': image, 'label': label},
+    )
+    for image in (levels, images.astype(np.float32))
+  ]
+  (got, got_metrics), (wanted, wanted_metrics) = found
+  chex.assert_trees_all_close(got.params, wanted.params, rtol=1e-5, atol=1e-6)
+  chex.assert_trees_all_close(got_metrics, wanted_metrics, rtol=1e-5)
+
+
+def test_bytes_without_their_meaning_are_refused():
+  image = np.zeros((2, *tiny.SHAPE), np.uint8)
+  batch = {'image': image, 'label': np.zeros(2, np.int32)}
+  with pytest.raises(ValueError, match='or give train'):
+    train.jit_step(plain(), batch)
 
 
 @pytest.mark.parametrize('step', [train.train_step, train.jit_step])

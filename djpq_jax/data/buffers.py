@@ -16,15 +16,15 @@ KEPT = 4
 _free: dict[int, collections.deque] = {}
 
 
-def empty(shape: tuple[int, ...]) -> np.ndarray:
-  """Like np.empty of float32, in memory that batches have had before.
+def empty(shape: tuple[int, ...], dtype=np.float32) -> np.ndarray:
+  """Like np.empty, in memory that batches have had before.
 
   The memory is used again when the array and all views of it are gone. Those
   who read it without Python knowing, as JAX may, hold the array meanwhile.
   """
-  size = 4 * math.prod(shape)
+  size = np.dtype(dtype).itemsize * math.prod(shape)
   if not size:
-    return np.empty(shape, np.float32)
+    return np.empty(shape, dtype)
   free = _free.setdefault(size, collections.deque(maxlen=KEPT))
   try:
     memory = free.pop()
@@ -32,6 +32,6 @@ def empty(shape: tuple[int, ...]) -> np.ndarray:
     memory = np.empty(size, np.uint8)
   # Views refer to the outermost array that is not a view of an array: made
   # from a memoryview, that is this one and not `memory`.
-  array = np.frombuffer(memoryview(memory), np.float32)
+  array = np.frombuffer(memoryview(memory), dtype)
   weakref.finalize(array, free.append, memory).atexit = False
   return array.reshape(shape)

@@ -62,6 +62,7 @@ def train_batch(
   augment: Augment | None = None,
   process_index: int = 0,
   process_count: int = 1,
+  as_bytes: bool = False,
 ) -> Batch:
   """The batch of one step: shuffled per epoch, augmented, normalized.
 
@@ -73,9 +74,11 @@ def train_batch(
     augment: None for none.
     process_index: which share of the batch this process wants.
     process_count: number of equal, contiguous shares.
+    as_bytes: leaves images that are uint8 as they are, a quarter of the bytes
+      to move, for a step that normalizes them by `split.pixels`.
 
   Returns:
-    dict(image=float32 [B, H, W, C], label=int32 [B]) where B is
+    dict(image=float32 [B, H, W, C], or uint8, label=int32 [B]) where B is
     batch_size / process_count.
 
   Raises:
@@ -93,7 +96,7 @@ def train_batch(
   if augment is not None:
     bits = _random_bits(seed, _AUGMENT, step).random_raw((words, batch_size))
     bits = bits[:, rows]
-  images = _images(split, indices, augment, bits)
+  images = _images(split, indices, augment, bits, as_bytes)
   return dict(image=images, label=split.labels[indices])
 
 
@@ -142,31 +145,26 @@ def normalize(images: np.ndarray, split: Split) -> np.ndarray:
 def _normalize(images, split, out):
   """Writes normalized images [..., H, W, C] into `out`."""
   scale = 255 if images.dtype == np.uint8 else 1
-  factor, offset = _row(
-    scale, tuple(split.mean), tuple(split.std), *images.shape[-2:]
-  )
+  factor, offset = _row(scale, split.pixels, *images.shape[-2:])
   rows = out.reshape(-1, factor.size)
   np.multiply(images.reshape(rows.shape), factor, out=rows)
   rows -= offset
 
 
 @functools.lru_cache(maxsize=16)
-def _row(scale, mean, std, width, channels):
+def _row(scale, pixels, width, channels):
   """Factor and offset of a whole row: NumPy is slow on axes of 3 channels."""
-  factor = 1 / (scale * np.asarray(std))
-  offset = np.asarray(mean) / np.asarray(std)
   return tuple(
-    np.tile(np.broadcast_to(x.astype(np.float32), channels), width)
-    for x in (factor, offset)
+    np.tile(np.broadcast_to(x, channels), width) for x in pixels.line(scale)
   )
 
 
 @functools.lru_cache(maxsize=16)
-def _table(mean, std):
+def _table(pixels):
   """What each byte becomes in each color, float32 [256, 1, 3]."""
   levels = np.arange(256, dtype=np.uint8)[:, None, None]
   table = np.empty((256, 1, 3), np.float32)
-  factor, offset = _row(255, mean, std, 1, 3)
+  factor, offset = pixels.line()
   np.multiply(levels, factor, out=table)
   table -= offset
   return table
@@ -176,12 +174,17 @@ def _in_memory(split):
   return isinstance(split.images, np.ndarray)
 
 
-def _images(split, indices, augment=None, bits=None):
-  """Images of some indices, augmented by bits uint64 [., B], normalized."""
+def _images(split, indices, augment=None, bits=None, as_bytes=False):
+  """Images of some indices, augmented by bits uint64 [., B].
+
+  Normalized, unless they are bytes and are to stay so.
+  """
   if _in_memory(split):
     images = split.images[indices]
     if augment is not None:
       images = _augment(images, augment, bits)
+    if as_bytes and images.dtype == np.uint8:
+      return images
     return normalize(images, split)
   if augment is not None and augment.shift:
     raise ValueError(
@@ -192,11 +195,16 @@ def _images(split, indices, augment=None, bits=None):
   if augment is not None:
     crops = bits[:-1].T
     mirror = (bits[-1] & 1).astype(bool) if augment.flip else None
-  table = _table(tuple(split.mean), tuple(split.std))
-  out = buffers.empty((len(indices), *split.images.shape[1:]))
+  shape = len(indices), *split.images.shape[1:]
+  if as_bytes:
+    out = buffers.empty(shape, np.uint8)
+    finish = out.__setitem__
+  else:
+    out = buffers.empty(shape)
+    table = _table(split.pixels)
 
-  def finish(i, image):  # On the thread that decoded it, while it is cached.
-    decode.looked_up(image, table, out[i])
+    def finish(i, image):  # On the thread that decoded it, while it is cached.
+      decode.looked_up(image, table, out[i])
 
   split.images.read(indices, finish, crops, mirror)
   return out

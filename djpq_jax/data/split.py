@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -39,6 +39,23 @@ class Images(Protocol):
     """
 
 
+class Pixels(NamedTuple):
+  """What a byte means: a model takes (byte / 255 - mean) / std."""
+
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+
+  def line(self, scale: float = 255) -> tuple[np.ndarray, np.ndarray]:
+    """(factor, offset) float32 [C]: factor * level - offset is normalized.
+
+    Args:
+      scale: the level of full brightness; 1 for images that are float.
+    """
+    std = np.asarray(self.std)
+    factor, offset = 1 / (scale * std), np.asarray(self.mean) / std
+    return factor.astype(np.float32), offset.astype(np.float32)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Split:
   """Images and labels of one split, checked on construction.
@@ -64,6 +81,11 @@ class Split:
 
   def __len__(self):
     return len(self.labels)
+
+  @property
+  def pixels(self) -> 'Pixels':
+    """What images of bytes become in a batch."""
+    return Pixels(tuple(self.mean), tuple(self.std))
 
 
 def _check_images(images, name):

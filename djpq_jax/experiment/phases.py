@@ -40,6 +40,7 @@ def _how(run: setting.Run) -> dict[str, Any]:
     'dtype': step.dtype,
     'accumulate': step.accumulate,
     'remat': step.remat,
+    'pixels': run.train_split.pixels,
   }
 
 

@@ -55,7 +55,7 @@ def _step_bytes(run: setting.Run, net, model) -> int:
   """Memory of one step on one device, as it is compiled for it."""
   state = phases.search_state(run, net, model, budgets=run.budgets, steps=1)
   to_devices, step_fn, place = running.spread(run)
-  batch = run.batches(0, share=True)(0)
+  batch = run.batches(0, for_step=True)(0)
   state, batch = to_devices(state), place(batch) if place else batch
   found = step_fn.lower(state, batch).compile().memory_analysis()
   return int(

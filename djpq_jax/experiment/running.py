@@ -52,7 +52,7 @@ def run_phase(run: setting.Run, name: str, state: train.TrainState, steps: int):
     clock.start(int(state.step))
     return train.fit(
       state,
-      run.batches(seed, share=True),
+      run.batches(seed, for_step=True),
       steps,
       log_every=max(1, min(50, steps // 20)),
       on_log=on_log,

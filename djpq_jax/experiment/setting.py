@@ -65,19 +65,23 @@ class Run:
   best_steps: dict[str, int] = dataclasses.field(default_factory=dict)
 
   def batches(
-    self, seed: int, *, share: bool = False
+    self, seed: int, *, for_step: bool = False
   ) -> Callable[[int], dict[str, np.ndarray]]:
     """The batch of each step number of a phase.
 
     Args:
       seed: of order and augmentation.
-      share: whether to give only what this process trains on.
+      for_step: whether to give what a step of this process takes, its share
+        of the images, as bytes if they are; otherwise all, normalized.
     """
     augment = data.Augment(**self.config.augment)
-    process = {}
-    if share:
-      process['process_index'] = jax.process_index()
-      process['process_count'] = jax.process_count()
+    form: dict[str, Any] = {}
+    if for_step:
+      form = {
+        'process_index': jax.process_index(),
+        'process_count': jax.process_count(),
+        'as_bytes': True,
+      }
 
     def batch_at(step):
       return data.train_batch(
@@ -86,7 +90,7 @@ class Run:
         batch_size=self.config.batch_size,
         seed=seed,
         augment=augment,
-        **process,
+        **form,
       )
 
     return batch_at

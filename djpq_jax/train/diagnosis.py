@@ -53,7 +53,8 @@ def _bad_input(
   model = state_lib.model_of(state)
   if not isinstance(model, compress.Compressed):
     return None
-  taps = compress.inputs_of(model, batch['image'])
+  images = state.program.model_input(jnp.asarray(batch['image']))
+  taps = compress.inputs_of(model, images)
   for path in model.structure.graph.layers:
     if not all(np.all(np.isfinite(np.asarray(x))) for x in taps.get(path, [])):
       return f'the input of layer {path}'

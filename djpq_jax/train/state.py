@@ -11,6 +11,7 @@ import optax
 
 from djpq_jax import budget as budget_lib
 from djpq_jax import compress
+from djpq_jax import data
 from djpq_jax import optim
 
 Batch = dict[str, Any]
@@ -63,6 +64,7 @@ class Program:
     accumulate: parts that a batch is cut into, one after the other.
     remat: whether only the results of convolutions and matrix products are
       kept for the way back, and all between them is computed again.
+    pixels: what images of bytes mean; None if all come as float.
   """
 
   train_graph: nnx.GraphDef
@@ -73,6 +75,23 @@ class Program:
   compressed: bool = False
   accumulate: int = 1
   remat: bool = False
+  pixels: data.Pixels | None = None
+
+  def model_input(self, images: jax.Array) -> jax.Array:
+    """Images as the model takes them: bytes are normalized, here.
+
+    On its way to a device a byte takes a quarter of a float32.
+    """
+    if images.dtype != jnp.uint8:
+      return images
+    if self.pixels is None:
+      raise ValueError(
+        'the images of a batch are uint8: normalize them, or give train.init '
+        'the pixels of their split'
+      )
+    shape = *[1] * (images.ndim - 1), -1
+    factor, offset = (x.reshape(shape) for x in self.pixels.line())
+    return images.astype(jnp.float32) * factor - offset
 
 
 @jax.tree_util.register_dataclass
@@ -114,6 +133,7 @@ def init(
   dtype: str = 'float32',
   accumulate: int = 1,
   remat: bool = False,
+  pixels: data.Pixels | None = None,
 ) -> TrainState:
   """Makes the state before the first step of a phase.
 
@@ -129,6 +149,8 @@ def init(
       gradients are averaged; each part has its own batch statistics.
     remat: whether to save memory by computing again, on the way back, all but
       convolutions and matrix products.
+    pixels: of the split, for batches whose images are bytes, see
+      `data.train_batch`.
 
   Raises:
     ValueError: the objective distils, but there is no teacher; an argument
@@ -160,6 +182,7 @@ def init(
     isinstance(model, compress.Compressed),
     accumulate,
     remat,
+    pixels,
   )
   # Copies: a donated state must not take the caller's model along.
   params, rest = jax.tree.map(_strong_copy, (params, rest))

@@ -26,7 +26,7 @@ def train_step(
 
   Args:
     state: what to advance.
-    batch: 'image' [B, ...] and 'label' int [B].
+    batch: 'image' [B, ...], normalized or bytes, and 'label' int [B].
     axis_name: the mapped axis when called under `jax.pmap`: gradients,
       statistics and metrics are averaged over it.
 
@@ -121,7 +121,8 @@ def total_loss(
   program, objective = state.program, state.program.objective
   model = optim.merge(program.train_graph, params, state.rest)
   noise = {'gate_key': key} if objective.noisy and program.compressed else {}
-  logits = model(batch['image'], **noise)
+  images = program.model_input(batch['image'])
+  logits = model(images, **noise)
   total = losses.cross_entropy(
     logits, batch['label'], smoothing=objective.smoothing
   )
@@ -132,7 +133,7 @@ def total_loss(
       objective.distill
       * losses.distillation(
         logits,
-        teacher(batch['image']),
+        teacher(images),
         temperature=objective.temperature,
       )
     )
