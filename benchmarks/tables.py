@@ -252,7 +252,7 @@ def _made(found: dict) -> str:
   runs = found['runs']
   made = [r['environment'] for r in runs if 'environment' in r]
   made = made or [found['environment']]
-  commands = [c for m in made for c in m.get('commands', [m['command']])]
+  commands = [c for m in made for c in m.get('commands') or [m['command']]]
   commits = {r.get('commit') or found['commit'] for r in runs}
   versions = made[0]['versions'].items()
   return (

@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import math
 import pathlib
+import traceback
 from typing import Any
 
 import ml_collections
@@ -135,7 +136,7 @@ def load(source: str, overrides: Iterable[str] = ()):
   _update(config, variant, '')
   for override in overrides:
     name, separator, text = override.partition('=')
-    if not separator:
+    if not separator or not name.strip():
       raise ConfigError(f'{override!r} is not of the form field=value')
     _update(config, _nested(name.strip(), _literal(text.strip())), '')
   return ml_collections.FrozenConfigDict(config)
@@ -163,17 +164,35 @@ def _get_config(source: str):
   assert spec is not None
   assert spec.loader is not None
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  try:
+    spec.loader.exec_module(module)
+  except Exception as error:  # it is code of others, which may fail in any way
+    raise ConfigError(f'{source} {_failure(error, spec.origin)}') from error
   if not hasattr(module, 'get_config'):
     raise ConfigError(f'{source} has no get_config()')
   try:
     config = module.get_config()
-  except (AttributeError, TypeError) as error:  # what ml_collections raises
-    text = ' '.join(str(error).replace('\\n', ' ').split())
-    raise ConfigError(f'get_config() of {source} fails: {text}') from error
+  except Exception as error:
+    told = _failure(error, spec.origin)
+    raise ConfigError(f'get_config() of {source} {told}') from error
   if not hasattr(config, 'items'):
     raise ConfigError(f'get_config() of {source} gives {config!r}, no config')
   return config
+
+
+def _failure(error: Exception, file: str | None) -> str:
+  """What went wrong in a config file, and in which of its lines."""
+  lines = [
+    frame.lineno
+    for frame in traceback.extract_tb(error.__traceback__)
+    if frame.filename == file
+  ]
+  if isinstance(error, SyntaxError):
+    lines.append(error.lineno)
+    error = SyntaxError(error.msg)
+  line = f' in line {lines[-1]}' if lines else ''
+  text = ' '.join(str(error).replace('\\n', ' ').split())
+  return f'fails{line}: {text} ({type(error).__name__})'
 
 
 def _split_variant(source: str) -> tuple[str, dict[str, Any]]:
@@ -247,11 +266,20 @@ def _converted(now, value, name: str):
   if type(now) is float and type(value) is int:
     value = float(value)
   if type(now) is not type(value):
-    kind = type(now).__name__
-    raise ConfigError(f'{name} takes a {kind}, got {value!r}')
+    kind = _KINDS.get(type(now), type(now).__name__)
+    raise ConfigError(f'{name} takes {kind}, got {value!r}')
   if type(now) in (int, float):
     _check_range(value, name)
   return value
+
+
+_KINDS = {
+  int: 'a whole number',
+  float: 'a number',
+  str: 'text',
+  bool: 'True or False',
+  tuple: 'a list',
+}
 
 
 def _check_range(value: float, name: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from djpq_jax import config as config_lib
 from djpq_jax import files
+from djpq_jax.report import record
 
 CONFIG = 'config.json'
 # What versions did that had no field for it, where the default is another.
@@ -44,8 +45,11 @@ class Workdir:
     Raises:
       ValueError: says what the folder holds, or in what the configs differ.
     """
-    if self.path.exists() and not self.path.is_dir():
-      raise ValueError(f'{self.path} is a file, not a folder')
+    for folder in (self.path, *self.path.parents):
+      if folder.exists():
+        if not folder.is_dir():
+          raise ValueError(f'{folder} is a file, not a folder')
+        break
     if not self.path.is_dir() or not self._found():
       return
     if not self.claimed:
@@ -83,7 +87,7 @@ class Workdir:
     if not isinstance(found, dict):
       raise ValueError(
         f'{self.path / CONFIG} is damaged, so nobody knows whose folder it is; '
-        'choose another workdir, or --overwrite'
+        'choose another workdir, or --overwrite, which deletes its checkpoints'
       )
     return found
 
@@ -106,9 +110,15 @@ class Workdir:
     files.replace(self.path / CONFIG, content)
 
   def report(self) -> dict[str, Any] | None:
-    """The report of a finished experiment; None while there is none."""
+    """The report of a finished experiment; None while there is none.
+
+    One without its artifact is not finished, nor one whose report is no more:
+    both can be made again from the checkpoints.
+    """
+    if not (self.path / 'artifact' / 'manifest.json').exists():
+      return None
     try:
-      return json.loads((self.path / 'report.json').read_text())
+      return record.read(self.path)
     except (OSError, ValueError):
       return None
 

@@ -13,8 +13,10 @@ import tiny
 
 from djpq_jax import checkpoint
 from djpq_jax import cli
+from djpq_jax import config as config_lib
 from djpq_jax import experiment
 from djpq_jax import train
+from djpq_jax import workdir
 from djpq_jax.checkpoint import manifest as manifest_lib
 from djpq_jax.cli import bars
 from djpq_jax.export import stablehlo_file
@@ -358,6 +360,24 @@ def test_a_finished_run_is_shown_again(finished, config, capsys, monkeypatch):
   assert contents(finished.workdir) == before
 
 
+@pytest.mark.parametrize('content', ['{}', '[]', '{"layers": [1]}', '{'])
+def test_a_report_that_is_none_does_not_finish_a_run(
+  content, finished, config, tmp_path
+):
+  work = workdir.Workdir(tmp_path / 'run', config_lib.load(config))
+  shutil.copytree(finished.workdir, work.path)
+  assert work.report() is not None
+  (work.path / 'report.json').write_text(content)
+  assert work.report() is None
+
+
+def test_a_run_without_its_artifact_is_not_finished(finished, config, tmp_path):
+  work = workdir.Workdir(tmp_path / 'run', config_lib.load(config))
+  shutil.copytree(finished.workdir, work.path)
+  shutil.rmtree(work.path / 'artifact')
+  assert work.report() is None
+
+
 def test_files_of_others_are_not_overwritten_on_request(
   config, tmp_path, capsys
 ):
@@ -440,7 +460,18 @@ def test_a_workdir_that_is_a_file(config, tmp_path, capsys):
   path.write_text('mine')
   said = refused(capsys, 'train', '--config', config, '--workdir', str(path))
   assert 'is a file, not a folder' in said
+  below = str(path / 'run')
+  said = refused(capsys, 'train', '--config', config, '--workdir', below)
+  assert 'file is a file, not a folder' in said
   assert path.read_text() == 'mine'
+
+
+def test_an_error_of_the_system_is_a_sentence(finished, tmp_path, capsys):
+  (tmp_path / 'file').write_text('')
+  page = str(tmp_path / 'file' / 'page.html')
+  said = refused(capsys, 'report', str(finished.workdir), '--out', page)
+  assert 'file: ' in said
+  assert 'Errno' not in said
 
 
 def test_inspecting_an_artifact(finished, capsys):

@@ -83,7 +83,7 @@ TABLE = (
   # One experiment, from a config to a report: composition and nothing else.
   Row('experiment', 'ABOVE', 'jax numpy optax flax.nnx ml_collections'),
   # The folder of an experiment, and the signals that stop one.
-  Row('workdir interruption', 'config files', ''),
+  Row('workdir interruption', 'config files report', ''),
   Row('cli', 'ABOVE', 'jax numpy flax.nnx ml_collections rich'),
 )
 

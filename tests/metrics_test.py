@@ -21,6 +21,7 @@ def lines(folder):
 
 def test_rows_are_lines_as_they_come(tmp_path):
   log = metrics.Log(tmp_path)
+  log.write([])
   assert lines(tmp_path) == []
   log.write(ROWS[:1])
   assert lines(tmp_path) == ROWS[:1]
@@ -35,6 +36,23 @@ def test_a_run_that_goes_on_begins_anew(tmp_path):
   log = metrics.Log(tmp_path)
   log.write(ROWS[:1])
   assert lines(tmp_path) == ROWS[:1]
+
+
+def test_what_a_run_had_stays_until_it_goes_on(tmp_path):
+  metrics.Log(tmp_path).write(ROWS)
+  log = metrics.Log(tmp_path)
+  log.restore(ROWS[:1])
+  assert lines(tmp_path) == ROWS  # it may yet find that it cannot go on
+  new = {'phase': 'search', 'step': 6, 'loss': 0.125}
+  log.write([new])
+  assert lines(tmp_path) == [ROWS[0], new]
+
+
+def test_a_run_that_is_done_has_what_its_checkpoints_hold(tmp_path):
+  log = metrics.Log(tmp_path)
+  log.restore(ROWS)
+  log.close()
+  assert lines(tmp_path) == ROWS
 
 
 def events(path):

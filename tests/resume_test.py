@@ -25,6 +25,7 @@ from djpq_jax import optim
 from djpq_jax import report as report_lib
 from djpq_jax import train
 from djpq_jax import workdir as workdir_lib
+from djpq_jax.train import checkpoints as checkpoints_lib
 
 pytestmark = [
   pytest.mark.standard_promotion,
@@ -199,6 +200,46 @@ def test_a_damaged_checkpoint_says_what_to_do(tmp_path):
   expected = pytest.raises(train.CheckpointError, match='a/0 cannot be read')
   with train.Checkpoints(tmp_path / 'a') as checkpoints, expected:
     checkpoints.restore(fresh())
+
+
+@pytest.mark.parametrize('field', ['params', 'opt_state', 'bad_steps', 'key'])
+def test_a_changed_number_is_found(tmp_path, monkeypatch, field):
+  """As if the disk had flipped a bit after the checksum was taken."""
+  last_bit = lambda x: jax.lax.bitcast_convert_type(
+    jax.lax.bitcast_convert_type(x, jnp.uint32) ^ jnp.uint32(1), x.dtype
+  )
+  whole = checkpoints_lib._with_checksum
+
+  def changed(tree):
+    tree = whole(tree)
+    leaves, treedef = jax.tree.flatten(tree[field])
+    at = (0,) * leaves[-1].ndim
+    leaves[-1] = leaves[-1].at[at].set(last_bit(leaves[-1][at]))
+    return tree | {field: jax.tree.unflatten(treedef, leaves)}
+
+  with train.Checkpoints(tmp_path / 'a') as checkpoints:
+    checkpoints.save(fresh(), [])
+    later = dataclasses.replace(fresh(), step=jnp.int32(3))
+    with monkeypatch.context() as patch:
+      patch.setattr(checkpoints_lib, '_with_checksum', changed)
+      checkpoints.save(later, [])
+    with pytest.raises(
+      train.CheckpointError, match=r'a/3 is damaged.*delete it to go on from 0'
+    ):
+      checkpoints.restore(fresh())
+
+
+def test_a_damaged_checkpoint_takes_no_metrics_along(config, tmp_path):
+  with pytest.raises(train.Interrupted):
+    experiment.run(config, tmp_path, stop=after(70))
+  seen = (tmp_path / 'metrics.jsonl').read_text()
+  (last,) = (tmp_path / 'checkpoints').glob('1-*')
+  for path in last.rglob('*'):
+    if path.is_file() and 'state' in path.parts:
+      path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  with pytest.raises(train.CheckpointError, match='cannot be read'):
+    experiment.run(config, tmp_path)
+  assert (tmp_path / 'metrics.jsonl').read_text() == seen
 
 
 def test_a_checkpoint_of_another_model(tmp_path):

@@ -137,6 +137,22 @@ def test_bytes_are_normalized_in_the_step(accumulate):
   chex.assert_trees_all_close(got_metrics, wanted_metrics, rtol=1e-5)
 
 
+def test_bytes_are_counted_as_what_they_mean():
+  rng = np.random.default_rng(0)
+  levels = rng.integers(0, 256, (64, *tiny.SHAPE), np.uint8)
+  pixels = data.Pixels(mean=(0.5,), std=(0.25,))
+  state = plain(pixels=pixels)
+  batch = {
+    'label': rng.integers(0, tiny.CLASSES, 64, np.int32),
+    'mask': np.ones(64, np.float32),
+  }
+  images = ((levels / 255 - 0.5) / 0.25).astype(np.float32)
+  chex.assert_trees_all_equal(
+    train.eval_step(state, batch | {'image': levels}),
+    train.eval_step(state, batch | {'image': images}),
+  )
+
+
 def test_bytes_without_their_meaning_are_refused():
   image = np.zeros((2, *tiny.SHAPE), np.uint8)
   batch = {'image': image, 'label': np.zeros(2, np.int32)}

@@ -32,12 +32,19 @@ def main(argv: Sequence[str] | None = None) -> int:
   except train.Interrupted as error:
     print(f'djpq: {error}', file=sys.stderr)
     return interruption.EXIT_STATUS
-  except (ValueError, FileNotFoundError, ImportError) as error:
+  except (ValueError, OSError, ImportError) as error:
     if args.debug:
       raise
-    print(f'djpq: {error}', file=sys.stderr)
+    print(f'djpq: {_sentence(error)}', file=sys.stderr)
     return 2
   return 0
+
+
+def _sentence(error: Exception) -> str:
+  """What an error says; of the system's own, without their numbers."""
+  if isinstance(error, OSError) and error.strerror and error.filename:
+    return f'{error.filename}: {error.strerror}'
+  return str(error)
 
 
 def _parser() -> argparse.ArgumentParser:

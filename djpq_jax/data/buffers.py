@@ -1,7 +1,8 @@
 """Memory of large batches, used again when nobody holds it any more.
 
-A batch of 256 images is 150 MB, which the C library asks of the system anew
-each time; to be given so many fresh pages takes longer than to fill them.
+A batch of 256 images of 224 x 224 is 38 MB of bytes or 150 MB of float32, which
+the C library asks of the system anew each time; to be given so many fresh pages
+takes longer than to fill them.
 """
 
 import collections

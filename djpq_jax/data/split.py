@@ -69,7 +69,7 @@ class Split:
   labels: np.ndarray  # [N] int32, 0 <= label < num_classes
   num_classes: int
   name: str  # for messages, such as 'cifar10/train'
-  # Per channel, of images scaled to [0, 1]; a batch is (image - mean) / std.
+  # Per channel, of images scaled to [0, 1]; a model takes (image - mean) / std.
   mean: tuple[float, ...] = (0.0,)
   std: tuple[float, ...] = (1.0,)
 
@@ -83,7 +83,7 @@ class Split:
     return len(self.labels)
 
   @property
-  def pixels(self) -> 'Pixels':
+  def pixels(self) -> Pixels:
     """What images of bytes become in a batch."""
     return Pixels(tuple(self.mean), tuple(self.std))
 

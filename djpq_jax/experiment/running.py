@@ -75,7 +75,7 @@ def run_phase(run: setting.Run, name: str, state: train.TrainState, steps: int):
       with train.Checkpoints(absolute, keep_best=keep_best) as checkpoints:
         state, before = checkpoints.restore(state)
         rows += before
-        run.record(before)
+        run.record(before, restored=True)
         state = fit(state, lambda state, a: checkpoints.save(state, rows, a))
         if keep_best:
           state, _ = checkpoints.restore(state, best=True)

@@ -148,11 +148,14 @@ class Run:
     ]
     return parallel.mesh(devices)
 
-  def record(self, rows: list[dict[str, Any]]) -> None:
-    """Adds rows to the history and to the log."""
+  def record(
+    self, rows: list[dict[str, Any]], *, restored: bool = False
+  ) -> None:
+    """Adds rows, new ones or those of a checkpoint, to history and log."""
     self.history += rows
     if self.log is not None:
-      self.log.write(rows)
+      add = self.log.restore if restored else self.log.write
+      add(rows)
 
 
 def prepare(config, progress: Progress | None = None) -> Run:
@@ -190,6 +193,7 @@ def prepare(config, progress: Progress | None = None) -> Run:
       'to 1, or validation to 0'
     )
   _check_step(config)
+  rules_of(config)  # checks them
   metrics.check(tensorboard=config.tensorboard)
   train_split, test_split = data.load(
     config.data.name,

@@ -7,14 +7,16 @@
       240/...
 
 Orbax writes a step under another name and renames it when all of it is there,
-so that a half-written one is never found.  The teacher is not saved: it does
-not change, and whoever resumes has it.
+so that a half-written one is never found.  A checksum goes with each state: a
+disk that changed a bit would change the run.  The teacher is not saved: it
+does not change, and whoever resumes has it.
 """
 
 import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -83,7 +85,7 @@ class Checkpoints:
     if step == self.latest():
       return  # this training went on from it
     args = ocp.args.Composite(
-      state=ocp.args.StandardSave(_tree(state)),
+      state=ocp.args.StandardSave(_with_checksum(_tree(state))),
       history=ocp.args.JsonSave(list(history)),
     )
     metrics = None
@@ -111,7 +113,9 @@ class Checkpoints:
     step = self._manager.best_step() if best else self.latest()
     if step is None:
       return state, []
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(state))
+    abstract = jax.tree.map(
+      ocp.utils.to_shape_dtype_struct, _with_checksum(_tree(state))
+    )
     args = ocp.args.Composite(
       state=ocp.args.StandardRestore(abstract),
       history=ocp.args.JsonRestore(),
@@ -120,17 +124,30 @@ class Checkpoints:
       found = self._manager.restore(step, args=args)
     except Exception as error:  # of many kinds, for what may be on a disk
       text = str(error).strip().partition('\n')[0]
+      text = text.partition('See full TensorStore')[0].strip()
       raise CheckpointError(
         f'the checkpoint {self.folder}/{step} cannot be read; if it is '
-        'damaged, delete it to go on from the one before '
+        f'damaged, {self._without(step)} '
         f'({type(error).__name__}: {text:.200})'
       ) from error
     tree = found['state']
+    if int(tree.pop('checksum')) != int(_checksum(tree)):
+      raise CheckpointError(
+        f'the checkpoint {self.folder}/{step} is damaged, its numbers are not '
+        f'those that were saved; {self._without(step)}'
+      )
     key = jax.random.wrap_key_data(
       tree.pop('key'), impl=jax.random.key_impl(state.key)
     )
     state = dataclasses.replace(state, key=key, **_unflat(tree, state))
     return state, found['history']
+
+  def _without(self, step: int) -> str:
+    """What to do about a checkpoint that is of no use."""
+    before = [s for s in self._manager.all_steps() if s < step]
+    if before:
+      return f'delete it to go on from {max(before)}'
+    return 'delete it to begin this phase anew'
 
 
 def _accuracy(metrics) -> float:
@@ -146,6 +163,29 @@ def _tree(state: state_lib.TrainState) -> dict[str, Any]:
   return {k: v for k, v in tree.items() if v} | {
     'key': jax.random.key_data(state.key)
   }
+
+
+def _with_checksum(tree: dict[str, Any]) -> dict[str, Any]:
+  return tree | {'checksum': _checksum(tree)}
+
+
+@jax.jit
+def _checksum(tree) -> jax.Array:
+  """A uint32 of all bits, which no change of a single number leaves as it is.
+
+  Modulo 2^32, to multiply by an odd number loses nothing, and the order of a
+  sum does not matter; so it is the same over any number of devices.
+  """
+  total = jnp.uint32(0)
+  for leaf in jax.tree.leaves(tree):
+    bits = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
+    unsigned = jnp.dtype(f'uint{8 * bits.dtype.itemsize}')
+    words = jax.lax.bitcast_convert_type(bits, unsigned).astype(jnp.uint32)
+    odd = jnp.uint32(2) * jnp.arange(words.size, dtype=jnp.uint32)
+    odd = odd.reshape(words.shape) + jnp.uint32(1)
+    found = jnp.sum(words * odd, dtype=jnp.uint32)
+    total = jnp.uint32(31) * total + found
+  return total
 
 
 def _unflat(tree, state: state_lib.TrainState) -> dict[str, Any]:

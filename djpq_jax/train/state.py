@@ -81,13 +81,17 @@ class Program:
     """Images as the model takes them: bytes are normalized, here.
 
     On its way to a device a byte takes a quarter of a float32.
+
+    Raises:
+      ValueError: they are bytes, and nobody said what these mean.
     """
     if images.dtype != jnp.uint8:
       return images
     if self.pixels is None:
       raise ValueError(
         'the images of a batch are uint8: normalize them, or give train.init '
-        'the pixels of their split'
+        'the pixels of their split (data.Pixels((0.0,), (1 / 255,)) leaves '
+        'them from 0 to 255)'
       )
     shape = *[1] * (images.ndim - 1), -1
     factor, offset = (x.reshape(shape) for x in self.pixels.line())

@@ -201,14 +201,15 @@ def eval_step(state: state_lib.TrainState, batch: state_lib.Batch):
 
   Args:
     state: of any phase.
-    batch: 'image' [B, ...], 'label' int [B], and 'mask' [B], 0 for what only
-      fills the batch up.
+    batch: 'image' [B, ...], normalized or bytes, 'label' int [B], and 'mask'
+      [B], 0 for what only fills the batch up.
 
   Returns:
     float32 scalars: (images that it gets right, images).
   """
   model = optim.merge(state.program.eval_graph, state.params, state.rest)
-  right = jnp.argmax(model(batch['image']), axis=-1) == batch['label']
+  images = state.program.model_input(batch['image'])
+  right = jnp.argmax(model(images), axis=-1) == batch['label']
   return jnp.sum(right * batch['mask']), jnp.sum(batch['mask'])
 
 
