@@ -6,7 +6,8 @@ r"""Other libraries beside DJPQ on the digits, each in its own environment.
 A peer gets the same trained float model as DJPQ, the same images and shifts,
 the same teacher, and in each training as many epochs as DJPQ's search and
 finetuning take together.  What it returns, the bits of each weight and of each
-input, is counted here, see peers/counting.py.
+input, is counted here, see peers/counting.py.  One that learns bits has a row
+for each budget, one that does not has a row for each of FIXED_BITS.
 
 `.peers/` has an environment for each peer, made when it is first needed from
 peers/NAME.txt by pip, and the float models.  Nothing of them is needed by the
@@ -35,7 +36,19 @@ from djpq_jax import experiment
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = ROOT / 'benchmarks' / 'peers'
 MADE = ROOT / '.peers'
-PEERS = {'hgq2': 'HGQ2'}
+PEERS = {'hgq2': 'HGQ2', 'qwix': 'qwix'}
+# Of peers that do not learn bits: those of the first layer, of those between,
+# and of the last.  DJPQ's controls leave the images eight, the last layer six.
+FIXED_BITS = {
+  'qwix': {
+    'W8A8': '8,8,8',
+    'W4A4': '4,4,4',
+    'W3A3': '3,3,3',
+    'W2A2': '2,2,2',
+    'W3A3, first W8A8, last W6A6': '8,3,6',
+    'W2A2, first W8A8, last W6A6': '8,2,6',
+  }
+}
 CONFIG = 'configs/digits.py'
 
 
@@ -110,21 +123,33 @@ def shifts(images: np.ndarray, reach: int) -> np.ndarray:
   )
 
 
-def trained(peer: str, config, budgets: list[float]) -> list[dict]:
-  """Trains a peer for some budgets; the figures to compare of each."""
+def contestants(peer: str, budgets: list[float], macs: int) -> dict[str, str]:
+  """Name -> target, as the script of the peer is told it.
+
+  Args:
+    peer: one of PEERS.
+    budgets: relative BOPs, for peers that learn bits.
+    macs: of the float model.
+  """
+  if peer in FIXED_BITS:
+    return {f'{PEERS[peer]} {n}': bits for n, bits in FIXED_BITS[peer].items()}
+  full = 32 * 32 * macs
+  return {f'{PEERS[peer]} @{b:.3%}': str(b * full) for b in budgets}
+
+
+def trained(peer: str, config, targets: list[str], macs: int) -> list[dict]:
+  """Trains a peer for some targets; the figures to compare of each."""
   start = time.monotonic()
   before = given(config)
-  macs = experiment.dense_structure(config).graph.float_macs
-  bops = [str(budget * 32 * 32 * macs) for budget in budgets]
   epochs = round(config.search.epochs + config.finetune.epochs)
   script = SCRIPTS / f'train_{peer}.py'
   command = [interpreter(peer), script, '--epochs', str(epochs)]
-  command += ['--seed', str(config.seed), '--bops', *bops, '--', before]
+  command += ['--seed', str(config.seed), '--targets', *targets, '--', before]
   # What it imports is its own, not what is beside this library.
   env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
   with tempfile.TemporaryDirectory() as after:
     subprocess.run([*command, after], check=True, env=env)
-    made = [dict(np.load(f'{after}/{k}.npz')) for k in range(len(budgets))]
+    made = [dict(np.load(f'{after}/{k}.npz')) for k in range(len(targets))]
   seconds = round(time.monotonic() - start, 1)
   return [figures(one, config, macs) | {'seconds': seconds} for one in made]
 
@@ -158,6 +183,8 @@ def main():
   parser.add_argument('--out', required=True, type=pathlib.Path)
   args = parser.parse_args()
   base = config_lib.load(CONFIG)
+  macs = experiment.dense_structure(base).graph.float_macs
+  commit = compare.commit()  # before this writes to a file of the repository
   for seed, peer in itertools.product(args.seeds, args.peers):
     result = {
       'environment': compare.environment() | {'commands': []},
@@ -166,16 +193,16 @@ def main():
     }
     if args.out.exists():
       result = json.loads(args.out.read_text())
-    names = {b: f'{PEERS[peer]} @{b:.3%}' for b in args.budgets}
+    targets = contestants(peer, args.budgets, macs)
     done = {(r['contestant'], r['seed']) for r in result['runs']}
-    left = [b for b in args.budgets if (names[b], seed) not in done]
+    left = [name for name in targets if (name, seed) not in done]
     if not left:
       continue
     config = config_lib.change(base, seed=seed)
-    commit, found = compare.commit(), trained(peer, config, left)
+    found = trained(peer, config, [targets[n] for n in left], macs)
     float_accuracy = float(np.load(given(config))['float_accuracy'])
-    for budget, run in zip(left, found):
-      run = {'contestant': names[budget], 'seed': seed, 'commit': commit} | run
+    for name, run in zip(left, found):
+      run = {'contestant': name, 'seed': seed, 'commit': commit} | run
       result['runs'].append(run | {'float_accuracy': float_accuracy})
       print(json.dumps(run), flush=True)
     environment = result['environment']

@@ -1,4 +1,4 @@
-"""The counting of what other libraries return; needs none of them."""
+"""What other libraries are told, and how what they return is counted."""
 
 import importlib
 import pathlib
@@ -15,6 +15,12 @@ BENCHMARKS = pathlib.Path(__file__).parent.parent / 'benchmarks'
 def counting(monkeypatch):
   monkeypatch.syspath_prepend(BENCHMARKS)
   return importlib.import_module('peers.counting')
+
+
+@pytest.fixture
+def compare_peers(monkeypatch):
+  monkeypatch.syspath_prepend(BENCHMARKS)
+  return importlib.import_module('compare_peers')
 
 
 def use(name, macs, weight_bits, act_bits):
@@ -55,3 +61,16 @@ def test_each_product_costs_its_own_bits(counting):
 def test_what_has_no_bits_costs_nothing(counting):
   made = {'weight_bits0': np.eye(3), 'act_bits0': np.array([0, 2, 3])}
   assert counting.bops(made)[0] == 5
+
+
+def test_a_peer_of_learned_bits_is_told_the_bops_of_each_budget(compare_peers):
+  found = compare_peers.contestants('hgq2', [0.002, 0.001], macs=1000)
+  assert found == {'HGQ2 @0.200%': '2048.0', 'HGQ2 @0.100%': '1024.0'}
+
+
+def test_a_peer_of_fixed_bits_has_the_same_contestants_at_any_budget(
+  compare_peers,
+):
+  found = compare_peers.contestants('qwix', [0.002], macs=1000)
+  assert found == compare_peers.contestants('qwix', [], macs=1)
+  assert found['qwix W4A4'] == '4,4,4'

@@ -228,13 +228,15 @@ def best(runs, budget: float) -> dict:
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('given', help='a file of compare_peers.py')
-  parser.add_argument('made', help='a folder; gets a file for each budget')
-  parser.add_argument('--bops', type=float, nargs='+', required=True)
+  parser.add_argument('made', help='a folder; gets a file for each target')
+  parser.add_argument(
+    '--targets', type=float, nargs='+', required=True, help='BOPs of each'
+  )
   parser.add_argument('--epochs', type=int, required=True)
   parser.add_argument('--seed', type=int, required=True)
   args = parser.parse_args()
   trainer = Trainer(dict(np.load(args.given)), args.epochs, args.seed)
-  for k, made in enumerate(search(trainer, args.bops)):
+  for k, made in enumerate(search(trainer, args.targets)):
     np.savez(f'{args.made}/{k}.npz', **made)
 
 
