@@ -469,6 +469,44 @@ def test_inspecting_what_is_wrong(args, message, capsys):
   assert message in refused(capsys, 'inspect', *args)
 
 
+def spoil(folder, **changes):
+  """Edits a manifest by hand, and leaves its hash as it was."""
+  path = folder / 'manifest.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'accuracy': 0.999}, 'was altered or is incomplete'),
+    ({'totals': {}}, 'was altered or is incomplete'),
+    ({'layers': [{}]}, 'was altered or is incomplete'),
+    ({'measured_on': 'x'}, 'is damaged: its measured_on cannot be "x"'),
+    ({}, 'was altered or is incomplete'),
+  ],
+)
+def test_nothing_is_printed_of_a_damaged_artifact(
+  finished, tmp_path, capsys, changes, message
+):
+  whole = finished.workdir / 'artifact'
+  broken = pathlib.Path(shutil.copytree(whole, tmp_path / 'broken'))
+  if changes:
+    spoil(broken, **changes)
+  else:
+    (broken / 'index.xz').write_bytes(b'')
+  out = ['--format', 'stablehlo', '--out', str(tmp_path / 'model')]
+  for command in (
+    ['inspect', '--artifact', str(broken)],
+    ['inspect', '--json', '--artifact', str(broken)],
+    ['evaluate', '--artifact', str(broken)],
+    ['export', '--artifact', str(broken), *out],
+    ['diff', str(whole), str(broken)],
+  ):
+    said = refused(capsys, *command)
+    assert message in said
+    assert str(broken) in said
+
+
 def test_diff(finished, tmp_path, capsys):
   one = finished.workdir / 'artifact'
   assert cli.main(['diff', str(one), str(one)]) == 0
@@ -478,6 +516,7 @@ def test_diff(finished, tmp_path, capsys):
   bits = manifest['layers'][0]['weight_bits']
   manifest['layers'][0]['weight_bits'] = 16
   del manifest['layers'][1], manifest['accuracy']
+  manifest['sha256'] = manifest_lib.content_hash(manifest, two)
   (two / 'manifest.json').write_text(json.dumps(manifest))
   assert cli.main(['diff', str(one), str(two)]) == 0
   printed = capsys.readouterr().out

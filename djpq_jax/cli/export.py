@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 
+from djpq_jax import checkpoint
 from djpq_jax import data
 from djpq_jax import export
 from djpq_jax.cli import artifacts
@@ -52,8 +53,9 @@ def add_command(commands) -> None:
 def _run(args) -> None:
   batch = None if args.batch == 'symbolic' else _positive(args.batch, 'batch')
   count = _positive(args.images, 'images')
-  model = artifacts.load_model(args.artifact)
-  manifest, split, name = artifacts.images(args)
+  manifest = checkpoint.read_manifest(args.artifact)
+  model = artifacts.load_model(args.artifact, manifest)
+  split, name = artifacts.images(args, manifest)
   images = _first_images(split, count)
   facts = {'model': manifest['model']['name'], 'artifact': manifest['sha256']}
   result = export.export(
