@@ -243,9 +243,28 @@ def test_arguments(kwargs, match, tmp_path):
     written(build('flatten'), tmp_path, **kwargs)
 
 
-def test_a_folder_is_no_place(tmp_path):
-  with pytest.raises(ValueError, match='is no place for a file'):
-    export.export(build('flatten'), tmp_path, IMAGES, format='onnx')
+@pytest.mark.parametrize('format', export.FORMATS)
+@pytest.mark.parametrize(
+  ('out', 'match'),
+  [
+    ('', r'^the name of the file to write is empty'),
+    ('gs://bucket/model', '^gs://bucket/model is not on this machine'),
+    ('.', r'^\. is a folder; give the name of a file in it$'),
+    ('folder/', r'^folder/ is a folder'),
+    (
+      'none/model',
+      r'^none/model cannot be written: there is no folder .*none;',
+    ),
+    ('file/model', r'^file/model cannot be written: .*/file is a file$'),
+  ],
+)
+def test_what_is_no_place_for_a_file(out, match, format, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'folder').mkdir()
+  (tmp_path / 'file').write_text('mine')
+  with pytest.raises(ValueError, match=match):
+    export.export(build('flatten'), out, IMAGES, format=format)
+  assert {f.name for f in tmp_path.rglob('*')} == {'folder', 'file'}
 
 
 @pytest.mark.parametrize('package', ['onnx', 'onnxruntime'])

@@ -6,6 +6,7 @@ computes is compared with the model, and the deviation is part of the result.
 
 from collections.abc import Mapping
 import dataclasses
+import os
 import pathlib
 from typing import Any
 
@@ -62,7 +63,7 @@ def export(
 
   Args:
     model: what to write.
-    path: where to; a file that is there is replaced.
+    path: where to, on this machine; a file that is there is replaced.
     images: to compare on, float32 [N, H, W, C], prepared as for the model.
     format: 'onnx' or 'stablehlo'.
     batch: examples of a call, or None for any number.
@@ -80,11 +81,9 @@ def export(
     ValueError: the model has no such form, or an argument is wrong.
     ImportError: a package is missing; the message says which.
   """
-  path = pathlib.Path(path)
   if format not in FORMATS:
     raise ValueError(f'no format {format!r}; known: {", ".join(FORMATS)}')
-  if path.is_dir() or not path.absolute().parent.is_dir():
-    raise ValueError(f'{path} is no place for a file')
+  path = _place(path)
   shape = images.shape[1:]
   exact = integer.lower(model, 'simulated')
   wanted = evaluation.predict(
@@ -117,3 +116,26 @@ def export(
     float_layers=float_layers,
     operators=operators,
   )
+
+
+def _place(path) -> pathlib.Path:
+  """The path, if a file can be written there and read back."""
+  text = os.fspath(path)
+  if not text:
+    raise ValueError('the name of the file to write is empty; give one')
+  if '://' in text:  # which pathlib would take for folders
+    raise ValueError(
+      f'{text} is not on this machine, where alone a model is exported to; '
+      'give a file here, and copy it there'
+    )
+  place = pathlib.Path(text)
+  folder = place.absolute().parent
+  if place.is_dir():
+    raise ValueError(f'{text} is a folder; give the name of a file in it')
+  if folder.exists() and not folder.is_dir():
+    raise ValueError(f'{text} cannot be written: {folder} is a file')
+  if not folder.exists():
+    raise ValueError(
+      f'{text} cannot be written: there is no folder {folder}; make it first'
+    )
+  return place
