@@ -301,9 +301,14 @@ def test_export_checks_the_file(format, finished, tmp_path, capsys):
   assert found['deviation']['images'] == 50
   assert found['deviation']['predictions'] == 0
   assert found['steps'] <= 1
+  beside = str(tmp_path / 'model.json') if format == 'stablehlo' else None
+  assert found['facts_path'] == beside
   args = ['--format', format, '--images', '7', '--batch', '3']
   assert exported(finished, tmp_path / 'model', *args) == 0
   printed = capsys.readouterr().out
+  for path in tmp_path.iterdir():  # nothing is written without a word
+    assert str(path) in printed
+  assert (str(beside) in printed) == (format == 'stablehlo')
   assert '7 of 7 images of tiny are equal' in printed
 
 

@@ -178,7 +178,9 @@ def test_stablehlo_computes_what_the_model_does(name, tmp_path):
   loaded = stablehlo_file.Loaded(found.path)
   assert loaded.program.platforms == stablehlo.PLATFORMS
   assert '8x' not in str(loaded.program.in_avals[0].shape[0])
-  stated = json.loads(stablehlo_file.manifest_path(found.path).read_text())
+  assert found.facts_path == tmp_path / 'model.json'
+  assert {f.name for f in tmp_path.iterdir()} == {'model', 'model.json'}
+  stated = json.loads(found.facts_path.read_text())
   assert stated == {
     'input': 'images, float32 [batch, 4, 4, 1]',
     'output': f'logits, float32 [batch, {tiny.CLASSES}]',
@@ -241,6 +243,14 @@ def test_what_has_no_form_is_refused_by_name(tmp_path):
 def test_arguments(kwargs, match, tmp_path):
   with pytest.raises(ValueError, match=match):
     written(build('flatten'), tmp_path, **kwargs)
+
+
+def test_the_facts_of_stablehlo_need_a_place_too(tmp_path):
+  (tmp_path / 'model.json').mkdir()
+  with pytest.raises(ValueError, match=r'model\.json is a folder'):
+    written(build('flatten'), tmp_path, format='stablehlo')
+  assert [f.name for f in tmp_path.iterdir()] == ['model.json']
+  assert written(build('flatten'), tmp_path).facts_path is None
 
 
 @pytest.mark.parametrize('format', export.FORMATS)

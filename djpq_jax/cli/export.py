@@ -72,6 +72,7 @@ def _run(args) -> None:
     table = {
       **dataclasses.asdict(result),
       'path': str(result.path),
+      'facts_path': result.facts_path and str(result.facts_path),
       'steps': found.steps,
       'bytes': result.path.stat().st_size,
     }
@@ -113,6 +114,8 @@ def _print_export(result: export.Result, name: str) -> None:
   size = result.path.stat().st_size
   same = found.images - found.predictions
   print(f'file         {result.path}, {size:,} bytes')
+  if result.facts_path:
+    print(f'its facts    {result.facts_path}')
   print(f'predictions  {same} of {found.images} images of {name} are equal')
   steps = ''
   if found.steps is not None:

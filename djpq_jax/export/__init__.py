@@ -38,12 +38,15 @@ class Result:
       the reason; their numbers are the same.
     operators: how often ONNX Runtime runs which operator, once it has fused
       what it can; empty for StableHLO.
+    facts_path: of the JSON file that was written beside it, with its shapes
+      and `facts`; None for ONNX, which has them in the file.
   """
 
   path: pathlib.Path
   deviation: verify.Deviation
   float_layers: Mapping[str, str]
   operators: Mapping[str, int]
+  facts_path: pathlib.Path | None = None
 
 
 def export(
@@ -63,7 +66,8 @@ def export(
 
   Args:
     model: what to write.
-    path: where to, on this machine; a file that is there is replaced.
+    path: where to, on this machine; a file that is there is replaced, and for
+      StableHLO also one of this name and '.json'.
     images: to compare on, float32 [N, H, W, C], prepared as for the model.
     format: 'onnx' or 'stablehlo'.
     batch: examples of a call, or None for any number.
@@ -84,6 +88,8 @@ def export(
   if format not in FORMATS:
     raise ValueError(f'no format {format!r}; known: {", ".join(FORMATS)}')
   path = _place(path)
+  if format == 'stablehlo':
+    _place(stablehlo_file.manifest_path(path))
   shape = images.shape[1:]
   exact = integer.lower(model, 'simulated')
   wanted = evaluation.predict(
@@ -103,8 +109,9 @@ def export(
     onnx_file.write(path, onnx_file.to_proto(graph, stated))
     call: Any = onnx_file.Session(path)
     operators = onnx_file.operators(path)
+    facts_path = None
   else:
-    stablehlo_file.write(
+    facts_path = stablehlo_file.write(
       path, stablehlo_file.exported(exact, shape, batch), stated
     )
     call = stablehlo_file.Loaded(path)
@@ -115,6 +122,7 @@ def export(
     deviation=deviation,
     float_layers=float_layers,
     operators=operators,
+    facts_path=facts_path,
   )
 
 
