@@ -259,7 +259,8 @@ def test_a_failed_save_leaves_the_older_artifact(artifact, monkeypatch):
 def test_no_artifact(tmp_path):
   refused(tmp_path / 'nowhere', 'is no artifact: it has no manifest.json')
   (tmp_path / 'file').write_text('x')
-  refused(tmp_path / 'file', 'damaged|no artifact')
+  refused(tmp_path / 'file', 'is a file, not the folder of an artifact$')
+  refused(tmp_path / 'file' / 'deeper', 'is no artifact: it has no manifest')
 
 
 @pytest.mark.parametrize('length', [0, 1, 700, -10])

@@ -47,7 +47,11 @@ def read(folder) -> dict[str, Any]:
   path = files.path(folder) / FILE_NAME
   try:
     manifest = json.loads(path.read_text())
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):
+    if files.path(folder).is_file():
+      raise ArtifactError(
+        f'{folder} is a file, not the folder of an artifact'
+      ) from None
     raise ArtifactError(
       f'{folder} is no artifact: it has no manifest.json'
     ) from None
