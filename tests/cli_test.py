@@ -414,7 +414,14 @@ def test_overwrite_with_few_choices_of_bits(finished, config, tmp_path, capsys):
     (['budget=-1.0'], 'budget takes a number from 0 on'),
     (['data.name=digits'], 'but digits has (8, 8, 1); set model.kwargs.input'),
     (['rules=[{"pattern": "conv9"}]'], 'rules match no layer: conv9'),
-    (['model.weights=nowhere.pt'], 'nowhere.pt'),
+    (
+      ['model.weights=nowhere.pt'],
+      "model.weights is 'nowhere.pt', which canno",
+    ),
+    (
+      ['model.weights=/'],
+      "model.weights is '/', which cannot be read: Is a di",
+    ),
   ],
 )
 def test_train_refuses_before_it_trains(
