@@ -279,6 +279,12 @@ def test_report_refuses(finished, tmp_path, capsys):
   assert 'is not finished' in said(finished.workdir, run)
   (run / 'report.json').write_text('{')
   assert 'is truncated or not JSON' in said(run)
+  changed = finished.report | {'float_accuracy': '0.9'}
+  (run / 'report.json').write_text(json.dumps(changed))
+  text = said(run)
+  assert (
+    f'{run / "report.json"} is not a report: it has "0.9" for float_' in text
+  )
   (run / 'sweep.json').write_text('[]')
   assert 'is truncated or is not a sweep' in said(run)
   assert 'is a folder' in said(finished.workdir, '--out', tmp_path)
