@@ -259,7 +259,8 @@ def test_a_failed_save_leaves_the_older_artifact(artifact, monkeypatch):
 def test_no_artifact(tmp_path):
   refused(tmp_path / 'nowhere', 'is no artifact: it has no manifest.json')
   (tmp_path / 'file').write_text('x')
-  refused(tmp_path / 'file', 'damaged|no artifact')
+  refused(tmp_path / 'file', 'is a file, not the folder of an artifact$')
+  refused(tmp_path / 'file' / 'deeper', 'is no artifact: it has no manifest')
 
 
 @pytest.mark.parametrize('length', [0, 1, 700, -10])
@@ -283,6 +284,37 @@ def test_binary_manifest(artifact):
 def test_an_altered_manifest(artifact):
   edit(artifact, sign=False, accuracy=1.0)
   refused(artifact, 'was altered or is incomplete')
+  with pytest.raises(checkpoint.ArtifactError, match='was altered'):
+    checkpoint.read_manifest(artifact)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'totals': []}, r'its totals cannot be \[\]'),
+    ({'layers': {}}, r'its layers cannot be \{\}'),
+    ({'provenance': []}, r'its provenance cannot be \[\]'),
+    ({'accuracy': 'x'}, 'its accuracy cannot be "x"'),
+    ({'measured_on': 'x'}, 'its measured_on cannot be "x"'),
+    ({'measured_on': {'kwargs': 3}}, 'its kwargs cannot be 3'),
+    ({'totals': {}}, 'was altered or is incomplete'),
+    ({'layers': [1]}, 'was altered or is incomplete'),
+  ],
+  ids=str,
+)
+def test_a_manifest_with_a_damaged_part(artifact, changes, message):
+  """Whoever reads a manifest learns of it, not `load` alone."""
+  edit(artifact, sign=False, **changes)
+  with pytest.raises(checkpoint.ArtifactError, match=message) as info:
+    checkpoint.read_manifest(artifact)
+  assert str(artifact) in str(info.value)
+  refused(artifact, message)
+
+
+def test_facts_that_no_manifest_can_hold(tmp_path):
+  with pytest.raises(ValueError, match='its accuracy cannot be "high"'):
+    save(tmp_path / 'artifact', accuracy='high')
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('version', [1, 3])
@@ -353,7 +385,7 @@ def test_what_would_fill_memory_is_refused(artifact, monkeypatch):
 )
 def test_manifest_that_makes_no_sense(artifact, changes):
   edit(artifact, **changes)
-  refused(artifact, 'does not fit the model|version')
+  refused(artifact, 'does not fit the model|version|input_shape cannot be')
 
 
 def test_no_arrays(artifact):
@@ -373,6 +405,12 @@ def test_any_missing_file_is_noticed(artifact):
   load(artifact)
 
 
+def test_a_manifest_is_read_without_decoding_arrays(saved, monkeypatch):
+  monkeypatch.setattr(ocp, 'StandardCheckpointer', None)
+  monkeypatch.setattr(xz, 'decompress', None)
+  assert checkpoint.read_manifest(saved)['accuracy'] == 0.5
+
+
 def test_any_altered_byte_is_noticed(artifact):
   for file in artifact.rglob('*'):
     if not file.is_file() or file.name == 'manifest.json':
@@ -383,6 +421,8 @@ def test_any_altered_byte_is_noticed(artifact):
       bad[position] ^= 4
       file.write_bytes(bad)
       refused(artifact, 'was altered or is incomplete')
+      with pytest.raises(checkpoint.ArtifactError, match='was altered'):
+        checkpoint.read_manifest(artifact)
     file.write_bytes(good[:-1])
     refused(artifact, 'was altered or is incomplete')
     file.write_bytes(good)

@@ -281,6 +281,12 @@ def test_report_refuses(finished, tmp_path, capsys):
   assert 'is not finished' in said(finished.workdir, run)
   (run / 'report.json').write_text('{')
   assert 'is truncated or not JSON' in said(run)
+  changed = finished.report | {'float_accuracy': '0.9'}
+  (run / 'report.json').write_text(json.dumps(changed))
+  text = said(run)
+  assert (
+    f'{run / "report.json"} is not a report: it has "0.9" for float_' in text
+  )
   (run / 'sweep.json').write_text('[]')
   assert 'is truncated or is not a sweep' in said(run)
   assert 'is a folder' in said(finished.workdir, '--out', tmp_path)
@@ -303,9 +309,14 @@ def test_export_checks_the_file(format, finished, tmp_path, capsys):
   assert found['deviation']['images'] == 50
   assert found['deviation']['predictions'] == 0
   assert found['steps'] <= 1
+  beside = str(tmp_path / 'model.json') if format == 'stablehlo' else None
+  assert found['facts_path'] == beside
   args = ['--format', format, '--images', '7', '--batch', '3']
   assert exported(finished, tmp_path / 'model', *args) == 0
   printed = capsys.readouterr().out
+  for path in tmp_path.iterdir():  # nothing is written without a word
+    assert str(path) in printed
+  assert (str(beside) in printed) == (format == 'stablehlo')
   assert '7 of 7 images of tiny are equal' in printed
 
 
@@ -429,7 +440,14 @@ def test_overwrite_with_few_choices_of_bits(finished, config, tmp_path, capsys):
     (['budget=-1.0'], 'budget takes a number from 0 on'),
     (['data.name=digits'], 'but digits has (8, 8, 1); set model.kwargs.input'),
     (['rules=[{"pattern": "conv9"}]'], 'rules match no layer: conv9'),
-    (['model.weights=nowhere.pt'], 'nowhere.pt'),
+    (
+      ['model.weights=nowhere.pt'],
+      "model.weights is 'nowhere.pt', which canno",
+    ),
+    (
+      ['model.weights=/'],
+      "model.weights is '/', which cannot be read: Is a di",
+    ),
   ],
 )
 def test_train_refuses_before_it_trains(
@@ -500,6 +518,44 @@ def test_inspecting_what_is_wrong(args, message, capsys):
   assert message in refused(capsys, 'inspect', *args)
 
 
+def spoil(folder, **changes):
+  """Edits a manifest by hand, and leaves its hash as it was."""
+  path = folder / 'manifest.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'accuracy': 0.999}, 'was altered or is incomplete'),
+    ({'totals': {}}, 'was altered or is incomplete'),
+    ({'layers': [{}]}, 'was altered or is incomplete'),
+    ({'measured_on': 'x'}, 'is damaged: its measured_on cannot be "x"'),
+    ({}, 'was altered or is incomplete'),
+  ],
+)
+def test_nothing_is_printed_of_a_damaged_artifact(
+  finished, tmp_path, capsys, changes, message
+):
+  whole = finished.workdir / 'artifact'
+  broken = pathlib.Path(shutil.copytree(whole, tmp_path / 'broken'))
+  if changes:
+    spoil(broken, **changes)
+  else:
+    (broken / 'index.xz').write_bytes(b'')
+  out = ['--format', 'stablehlo', '--out', str(tmp_path / 'model')]
+  for command in (
+    ['inspect', '--artifact', str(broken)],
+    ['inspect', '--json', '--artifact', str(broken)],
+    ['evaluate', '--artifact', str(broken)],
+    ['export', '--artifact', str(broken), *out],
+    ['diff', str(whole), str(broken)],
+  ):
+    said = refused(capsys, *command)
+    assert message in said
+    assert str(broken) in said
+
+
 def test_diff(finished, tmp_path, capsys):
   one = finished.workdir / 'artifact'
   assert cli.main(['diff', str(one), str(one)]) == 0
@@ -509,6 +565,7 @@ def test_diff(finished, tmp_path, capsys):
   bits = manifest['layers'][0]['weight_bits']
   manifest['layers'][0]['weight_bits'] = 16
   del manifest['layers'][1], manifest['accuracy']
+  manifest['sha256'] = manifest_lib.content_hash(manifest, two)
   (two / 'manifest.json').write_text(json.dumps(manifest))
   assert cli.main(['diff', str(one), str(two)]) == 0
   printed = capsys.readouterr().out

@@ -82,8 +82,22 @@ def test_mistakes_end_in_one_sentence(source, tmp_path, capsys):
   args = '--from', source, '--out', out, '--threads', -1
   assert '--threads must be >= 0' in refused(capsys, 'folder', *args)
   (tmp_path / 'file').write_text('')
-  args = '--from', source, '--out', tmp_path / 'file'
-  assert 'Not a directory' in refused(capsys, 'folder', *args)
+
+
+@pytest.mark.parametrize('kind', ['cifar10', 'folder', 'imagenet'])
+def test_what_cannot_be_a_folder(kind, source, tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'file').write_text('mine')
+  for out, message in (
+    ('file', '--out file takes a folder, but file is a file'),
+    ('file/deep/er', '--out file/deep/er takes a folder, but file is a file'),
+    ('gs://bucket/sets', '--out gs://bucket/sets is not on this machine'),
+    ('', '--out is empty'),
+  ):
+    args = '--from', source, '--out', out
+    assert message in refused(capsys, kind, *args)
+  assert {f.name for f in tmp_path.iterdir()} == {'file', 'in'}
+  assert (tmp_path / 'file').read_text() == 'mine'
 
 
 @pytest.mark.parametrize('args', [(), ('folder',), ('photos', '--out', 'x')])

@@ -274,6 +274,82 @@ def test_an_unreadable_image_is_named(split):
     split.images[:]
 
 
+def damage(home, tmp_path, name, keep):
+  """A copy of the set, of which one file has lost its end; that file."""
+  shutil.copytree(home / 'folder', tmp_path / 'folder')
+  path = tmp_path / 'folder/1.0.0' / name
+  content = path.read_bytes()
+  path.write_bytes(content[: int(keep * len(content))])
+  return path
+
+
+def said(tmp_path):
+  """What loading and reading a damaged set says, in one sentence."""
+
+  def read():
+    splits = data.load('folder', data_dir=str(tmp_path), size=24)
+    return [split.images[:] for split in splits]
+
+  with pytest.raises(ValueError, match='cannot be read') as info:
+    read()
+  text = str(info.value)
+  assert '\n' not in text
+  return text
+
+
+@pytest.mark.parametrize('keep', [0, 0.5])
+@pytest.mark.parametrize('split', ['train', 'validation'])
+def test_damaged_labels(home, tmp_path, split, keep):
+  path = damage(home, tmp_path, f'labels-{split}.npy', keep)
+  text = said(tmp_path)
+  assert text.startswith(f'{path} cannot be read (')
+  assert 'delete it: it is made anew' in text
+  path.unlink()
+  data.load('folder', data_dir=str(tmp_path))
+  assert path.is_file()
+  assert not list(path.parent.glob('*.part'))
+
+
+@pytest.mark.parametrize(
+  'labels', [np.zeros(TRAIN - 1, np.int32), np.zeros(TRAIN), np.int32(3)]
+)
+def test_labels_of_another_set(home, tmp_path, labels):
+  path = damage(home, tmp_path, 'labels-train.npy', 0)
+  np.save(path, labels)
+  assert f'{path} cannot be read (it does not hold 10 whole' in said(tmp_path)
+
+
+@pytest.mark.parametrize('keep', [0, 0.5])
+@pytest.mark.parametrize('labels', [True, False])
+@pytest.mark.parametrize(
+  'pattern',
+  [
+    stored.INFO,
+    stored.FEATURES,
+    'folder-train.array_record-00000-*',
+    'folder-train.array_record-00001-*',
+    'folder-validation.array_record-00000-*',
+  ],
+)
+def test_a_damaged_file_is_named(home, tmp_path, pattern, keep, labels):
+  (name,) = (p.name for p in (home / 'folder/1.0.0').glob(pattern))
+  path = damage(home, tmp_path, name, keep)
+  if not labels:  # then they are read from the images
+    for other in path.parent.glob('labels-*'):
+      other.unlink()
+  text = said(tmp_path)
+  assert text.startswith(f'{path} cannot be read (')
+  assert f'remove {path.parent} and prepare the set again' in text
+  assert text.endswith('with: djpq data folder --from DIR --out DIR')
+
+
+@pytest.mark.parametrize('content', ['[]', '{"splits": 3}', '{}', 'null'])
+def test_an_info_that_makes_no_sense(home, tmp_path, content):
+  path = damage(home, tmp_path, stored.INFO, 0)
+  path.write_text(content)
+  assert said(tmp_path).startswith(f'{path} cannot be read (')
+
+
 @pytest.mark.parametrize(
   ('kwargs', 'message'),
   [

@@ -178,7 +178,9 @@ def test_stablehlo_computes_what_the_model_does(name, tmp_path):
   loaded = stablehlo_file.Loaded(found.path)
   assert loaded.program.platforms == stablehlo.PLATFORMS
   assert '8x' not in str(loaded.program.in_avals[0].shape[0])
-  stated = json.loads(stablehlo_file.manifest_path(found.path).read_text())
+  assert found.facts_path == tmp_path / 'model.json'
+  assert {f.name for f in tmp_path.iterdir()} == {'model', 'model.json'}
+  stated = json.loads(found.facts_path.read_text())
   assert stated == {
     'input': 'images, float32 [batch, 4, 4, 1]',
     'output': f'logits, float32 [batch, {tiny.CLASSES}]',
@@ -243,9 +245,36 @@ def test_arguments(kwargs, match, tmp_path):
     written(build('flatten'), tmp_path, **kwargs)
 
 
-def test_a_folder_is_no_place(tmp_path):
-  with pytest.raises(ValueError, match='is no place for a file'):
-    export.export(build('flatten'), tmp_path, IMAGES, format='onnx')
+def test_the_facts_of_stablehlo_need_a_place_too(tmp_path):
+  (tmp_path / 'model.json').mkdir()
+  with pytest.raises(ValueError, match=r'model\.json is a folder'):
+    written(build('flatten'), tmp_path, format='stablehlo')
+  assert [f.name for f in tmp_path.iterdir()] == ['model.json']
+  assert written(build('flatten'), tmp_path).facts_path is None
+
+
+@pytest.mark.parametrize('format', export.FORMATS)
+@pytest.mark.parametrize(
+  ('out', 'match'),
+  [
+    ('', r'^the name of the file to write is empty'),
+    ('gs://bucket/model', '^gs://bucket/model is not on this machine'),
+    ('.', r'^\. is a folder; give the name of a file in it$'),
+    ('folder/', r'^folder/ is a folder'),
+    (
+      'none/model',
+      r'^none/model cannot be written: there is no folder .*none;',
+    ),
+    ('file/model', r'^file/model cannot be written: .*/file is a file$'),
+  ],
+)
+def test_what_is_no_place_for_a_file(out, match, format, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'folder').mkdir()
+  (tmp_path / 'file').write_text('mine')
+  with pytest.raises(ValueError, match=match):
+    export.export(build('flatten'), out, IMAGES, format=format)
+  assert {f.name for f in tmp_path.rglob('*')} == {'folder', 'file'}
 
 
 @pytest.mark.parametrize('package', ['onnx', 'onnxruntime'])

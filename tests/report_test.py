@@ -133,6 +133,64 @@ def test_read_names_the_bad_layer(report, tmp_path):
     report_lib.read(tmp_path)
 
 
+@pytest.mark.parametrize(
+  ('where', 'key', 'value', 'message'),
+  [
+    (
+      (),
+      'float_accuracy',
+      '0.9',
+      'has "0.9" for float_accuracy, which is no n',
+    ),
+    ((), 'accuracy', None, 'has null for accuracy, which is no number'),
+    ((), 'bops', [1], r'has \[1\] for bops, which is no number'),
+    ((), 'artifact', 3, 'has 3 for artifact, which is no text'),
+    ((), 'budget', 'small', 'has "small" for budget, which is no number'),
+    ((), 'float_bytes', {}, r'has \{\} for float_bytes, which is no number'),
+    ((), 'budgets', None, 'has budgets that are not a record'),
+    ((), 'budgets', {'macs': '1'}, 'has "1" for the budget of macs'),
+    ((), 'budgets', {'joules': 1.0}, 'has 1.0 for the budget of joules'),
+    ((), 'budgets', {'macs': 0.5}, 'lacks relative_macs, which has a budget'),
+    ((), 'groups', 'conv', 'has groups that are not a list of records'),
+    (('layers', 1), 'weight_bits', '3', "which is no number in layer 'conv2'"),
+    (
+      ('layers', 1),
+      'name',
+      None,
+      'has null for name, which is no text in layer',
+    ),
+    (('layers', 0), 'in_size', 'x', "in_size, which is no number in layer 'co"),
+    (('groups', 2), 'kept', None, "kept, which is no number in group 'image'"),
+    (('groups', 2), 'reason', 3, "reason, which is no text in group 'image'"),
+    (('history', 3), 'loss', 'x', 'loss, which is no number in history 3'),
+    (('history', 3), 'step', None, 'step, which is no number in history 3'),
+  ],
+)
+def test_values_of_another_kind(report, tmp_path, where, key, value, message):
+  path = report_lib.write(report, tmp_path)
+  part = report
+  for name in where:
+    part = part[name]
+  part[key] = value
+  with pytest.raises(ValueError, match=message):
+    report_lib.write(report, tmp_path)
+  path.write_text(json.dumps(report))
+  with pytest.raises(ValueError, match=message) as info:
+    report_lib.read(tmp_path)
+  assert str(info.value).startswith(f'{path} is not a report: it ')
+
+
+@pytest.mark.parametrize(
+  ('where', 'key'), [('groups', 'size'), ('history', 'step')]
+)
+def test_read_names_the_bad_record(report, tmp_path, where, key):
+  path = report_lib.write(report, tmp_path)
+  del report[where][1][key]
+  path.write_text(json.dumps(report))
+  with pytest.raises(ValueError, match=f'lacks {key} in {where[:-1]}'):
+    report_lib.read(tmp_path)
+
+
 PRINTED = """\
                              Wgt   Act                    BOPs
 Layer     Inputs   Outputs  bits  bits    MACs    BOPs   share

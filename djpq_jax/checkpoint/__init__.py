@@ -15,7 +15,8 @@ a program is called, and then it is XLA's operations alone.  JAX promises to
 read a program for six months; arrays and manifest do not age.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import importlib.metadata
 import pathlib
 from typing import Any
@@ -37,7 +38,6 @@ from djpq_jax.checkpoint import manifest as manifest_lib
 from djpq_jax.checkpoint import packing
 from djpq_jax.checkpoint import program as program_lib
 from djpq_jax.checkpoint.manifest import ArtifactError
-from djpq_jax.checkpoint.manifest import read_manifest
 from djpq_jax.checkpoint.program import Program
 
 __all__ = [
@@ -72,6 +72,9 @@ def save(
       any other name, by which people know a class of their own.
     input_shape: of one example, as (8, 8, 1).
     more: further JSON-ready facts for the manifest, as accuracy.
+
+  Raises:
+    ValueError: one of them is not what its name says, as accuracy='high'.
   """
   # Few arrays, for each costs hundreds of bytes on disk.
   parts: dict[str, list[np.ndarray]] = {}
@@ -112,6 +115,9 @@ def save(
     'float_layers': integer.left_float(model),
     'program': reason or program_lib.FILE_NAME,
   }
+  fault = manifest_lib.problem(manifest | {'sha256': ''})
+  if fault:
+    raise ValueError(f'{folder} cannot be written: {fault}')
   index = {
     'signed_inputs': _signed(model),
     'reasons': {g.name: g.reason for g in model.structure.groups if g.reason},
@@ -203,17 +209,46 @@ def load_program(folder) -> program_lib.Program:
     ) from error
 
 
-def _read(folder) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-  """Manifest with index, and the arrays, once the hash of all is right."""
-  manifest = read_manifest(folder)
+def read_manifest(folder) -> dict[str, Any]:
+  """Reads an artifact's manifest, and its other files for their hash alone.
+
+  Args:
+    folder: where `save` wrote it.
+
+  Returns:
+    What `manifest.json` says, which is what was written: neither it nor any
+    other file of the artifact was altered since.
+
+  Raises:
+    ArtifactError: anything is missing or damaged, or foreign, or from another
+      version.
+  """
+  with _whole(folder) as (manifest, _):
+    return manifest
+
+
+@contextlib.contextmanager
+def _whole(folder) -> Iterator[tuple[dict[str, Any], pathlib.Path]]:
+  """The manifest, and where the files are, once the hash of all is right."""
+  manifest = manifest_lib.read(folder)
   with files.to_read(files.path(folder)) as here:
     if not (here / 'arrays').is_dir():
       raise ArtifactError(f'{folder} is incomplete: it has no arrays')
-    if manifest_lib.content_hash(manifest, here) != manifest['sha256']:
+    try:
+      found = manifest_lib.content_hash(manifest, here)
+    except OSError as error:
+      raise ArtifactError(f'{folder} cannot be read: {error}') from error
+    if found != manifest['sha256']:
       raise ArtifactError(
         f'{folder} was altered or is incomplete: its files do not have the '
         'hash that the manifest states'
       )
+    yield manifest, here
+
+
+def _read(folder) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """Manifest with index, and the arrays, once the hash of all is right."""
+  with _whole(folder) as (manifest, here):
     try:
       manifest |= index_lib.read(here)
     except (OSError, ValueError) as error:

@@ -12,8 +12,24 @@ from djpq_jax.checkpoint import program
 
 FORMAT = 'djpq_jax hardened model'
 VERSION = 4
-KEYS = {'model', 'input_shape', 'totals', 'layers', 'float_layers'}
-KEYS |= {'provenance', 'program', 'sha256'}
+# What is always there, and of which kind.
+PARTS: dict[str, Any] = {
+  'model': dict,
+  'input_shape': list,
+  'totals': dict,
+  'layers': list,
+  'float_layers': dict,
+  'provenance': dict,
+  'program': str,
+  'sha256': str,
+}
+# Facts that need not be there; of others, any JSON will do.
+FACTS: dict[str, Any] = {
+  'accuracy': int | float,
+  'measured_on': dict,
+  'license': str,
+}
+MEASURED_ON: dict[str, Any] = {'data': str, 'kwargs': dict, 'images': int}
 FILE_NAME = 'manifest.json'
 
 
@@ -21,8 +37,8 @@ class ArtifactError(ValueError):
   """An artifact cannot be read; the message says why in one sentence."""
 
 
-def read_manifest(folder) -> dict[str, Any]:
-  """Reads and checks an artifact's manifest.
+def read(folder) -> dict[str, Any]:
+  """Reads an artifact's manifest; the hash that it states is not checked.
 
   Raises:
     ArtifactError: there is none, it is damaged, foreign or from a newer
@@ -31,7 +47,11 @@ def read_manifest(folder) -> dict[str, Any]:
   path = files.path(folder) / FILE_NAME
   try:
     manifest = json.loads(path.read_text())
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):
+    if files.path(folder).is_file():
+      raise ArtifactError(
+        f'{folder} is a file, not the folder of an artifact'
+      ) from None
     raise ArtifactError(
       f'{folder} is no artifact: it has no manifest.json'
     ) from None
@@ -50,13 +70,29 @@ def read_manifest(folder) -> dict[str, Any]:
       f'{folder} has format version {version}, which this djpq_jax no longer '
       'reads; train it again, or take an older djpq_jax'
     )
-  missing = sorted(KEYS - manifest.keys())
-  if missing:
-    raise ArtifactError(f'{path} is damaged: it lacks {", ".join(missing)}')
-  model = manifest['model']
-  if not isinstance(model, dict) or not isinstance(model.get('name'), str):
-    raise ArtifactError(f'{path} is damaged: its model has no name')
+  fault = problem(manifest)
+  if fault:
+    raise ArtifactError(f'{path} is damaged: {fault}')
   return manifest
+
+
+def problem(manifest: Mapping[str, Any]) -> str:
+  """What keeps this from being a manifest, as the end of a sentence; or ''."""
+  missing = sorted(PARTS.keys() - manifest.keys())
+  if missing:
+    return f'it lacks {", ".join(missing)}'
+  wrong = _wrong(manifest, PARTS | FACTS)
+  wrong = wrong or _wrong(manifest.get('measured_on', {}), MEASURED_ON)
+  if not wrong and not isinstance(manifest['model'].get('name'), str):
+    return 'its model has no name'
+  return wrong
+
+
+def _wrong(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> str:
+  for name, kind in kinds.items():
+    if name in values and not isinstance(values[name], kind):
+      return f'its {name} cannot be {json.dumps(values[name])[:40]}'
+  return ''
 
 
 def to_text(value, depth: int = 2, indent: str = '') -> str:

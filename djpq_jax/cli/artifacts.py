@@ -1,6 +1,5 @@
 """An artifact and the images that it is measured on."""
 
-from djpq_jax import checkpoint
 from djpq_jax import data
 from djpq_jax import experiment
 from djpq_jax import models
@@ -15,15 +14,15 @@ def add_options(command) -> None:
   command.add_argument('--data-dir', help='where the data set was prepared')
 
 
-def load_model(folder):
+def load_model(folder, manifest):
   """The hardened model of an artifact, if it is one of this package."""
-  spec = checkpoint.read_manifest(folder)['model']
+  spec = manifest['model']
   if not has_class(spec):
     raise ValueError(
       f'the class of {folder} ({spec["name"]}) is not one of this package; '
       'what needs none is djpq evaluate --execution program'
     )
-  return experiment.load_artifact(folder)
+  return experiment.load_artifact(folder, spec)
 
 
 def has_class(spec) -> bool:
@@ -31,9 +30,8 @@ def has_class(spec) -> bool:
   return spec['name'] in models.MODELS
 
 
-def images(args):
-  """The manifest, the test images of an artifact, and the name of their set."""
-  manifest = checkpoint.read_manifest(args.artifact)
+def images(args, manifest):
+  """The test images of an artifact, and the name of their set."""
   measured_on = manifest.get('measured_on', {})
   name = args.data or measured_on.get('data')
   if not name:
@@ -48,4 +46,4 @@ def images(args):
       f'the artifact takes images of shape {tuple(manifest["input_shape"])}, '
       f'but {name} has {shape}'
     )
-  return manifest, split, name
+  return split, name

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+import pathlib
 import signal
 import sys
 import time
@@ -70,6 +71,7 @@ def _careful(run: Callable[[Any], None]) -> Callable[[Any], None]:
   """Says in one sentence that the user or the disk put an end to a command."""
 
   def careful(args):
+    _check_out(args.out)
     try:
       run(args)
     except KeyboardInterrupt:
@@ -81,6 +83,21 @@ def _careful(run: Callable[[Any], None]) -> Callable[[Any], None]:
       raise ValueError(str(error)) from error
 
   return careful
+
+
+def _check_out(out: str) -> None:
+  """Whether there is, or can be, a folder of this name."""
+  if not out:
+    raise ValueError('--out is empty; give the folder to put the set in')
+  if '://' in out:  # which pathlib would take for folders
+    raise ValueError(
+      f'--out {out} is not on this machine, where alone sets are prepared; '
+      'give a folder here'
+    )
+  path = pathlib.Path(out).expanduser()
+  for part in (path, *path.parents):
+    if part.exists() and not part.is_dir():
+      raise ValueError(f'--out {out} takes a folder, but {part} is a file')
 
 
 def _cifar10(args) -> None:

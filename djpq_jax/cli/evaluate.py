@@ -33,14 +33,15 @@ def add_command(commands) -> None:
 
 
 def _run(args) -> None:
-  manifest, split, name = artifacts.images(args)
+  manifest = checkpoint.read_manifest(args.artifact)
+  split, name = artifacts.images(args, manifest)
   known = artifacts.has_class(manifest['model'])
   execution = args.execution or (integer.EXECUTIONS[0] if known else PROGRAM)
   if execution == PROGRAM:
     predict: Any = checkpoint.load_program(args.artifact)
     totals, float_layers = manifest['totals'], manifest['float_layers']
   else:
-    model = artifacts.load_model(args.artifact)
+    model = artifacts.load_model(args.artifact, manifest)
     predict = integer.lower(model, execution)
     sample = jax.ShapeDtypeStruct((2, *split.images.shape[1:]), jnp.float32)
     totals = harden.totals(model, harden.count(model, sample))

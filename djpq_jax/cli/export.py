@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 
+from djpq_jax import checkpoint
 from djpq_jax import data
 from djpq_jax import export
 from djpq_jax.cli import artifacts
@@ -52,8 +53,9 @@ def add_command(commands) -> None:
 def _run(args) -> None:
   batch = None if args.batch == 'symbolic' else _positive(args.batch, 'batch')
   count = _positive(args.images, 'images')
-  model = artifacts.load_model(args.artifact)
-  manifest, split, name = artifacts.images(args)
+  manifest = checkpoint.read_manifest(args.artifact)
+  model = artifacts.load_model(args.artifact, manifest)
+  split, name = artifacts.images(args, manifest)
   images = _first_images(split, count)
   facts = {'model': manifest['model']['name'], 'artifact': manifest['sha256']}
   result = export.export(
@@ -70,6 +72,7 @@ def _run(args) -> None:
     table = {
       **dataclasses.asdict(result),
       'path': str(result.path),
+      'facts_path': result.facts_path and str(result.facts_path),
       'steps': found.steps,
       'bytes': result.path.stat().st_size,
     }
@@ -111,6 +114,8 @@ def _print_export(result: export.Result, name: str) -> None:
   size = result.path.stat().st_size
   same = found.images - found.predictions
   print(f'file         {result.path}, {size:,} bytes')
+  if result.facts_path:
+    print(f'its facts    {result.facts_path}')
   print(f'predictions  {same} of {found.images} images of {name} are equal')
   steps = ''
   if found.steps is not None:

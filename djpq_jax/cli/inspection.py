@@ -135,8 +135,8 @@ def _inspect_artifact(folder: str, *, as_json: bool) -> None:
   }
   if 'accuracy' in manifest:
     facts['accuracy'] = f'{manifest["accuracy"]:.2%}'
-  if 'measured_on' in manifest:
-    measured = manifest['measured_on']
+  measured = manifest.get('measured_on', {})
+  if {'data', 'images'} <= measured.keys():
     facts['measured on'] = f'{measured["images"]} images of {measured["data"]}'
   if manifest.get('license'):
     facts['license'] = manifest['license']

@@ -62,8 +62,9 @@ def _run(args) -> None:
   for folder, name, report in zip(folders, _names(folders), reports):
     weights, speed, problem = None, None, ''
     try:
-      manifest = checkpoint.read_manifest(folder / report['artifact'])
-      model = artifacts.load_model(folder / report['artifact'])
+      artifact = folder / report['artifact']
+      manifest = checkpoint.read_manifest(artifact)
+      model = artifacts.load_model(artifact, manifest)
       weights = _weights(manifest, model)
       if args.time:
         _measure_speed(folder, manifest, model)

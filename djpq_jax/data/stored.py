@@ -23,7 +23,7 @@ from djpq_jax.data import decode
 from djpq_jax.data import split as split_lib
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-INFO = 'dataset_info.json'
+INFO, FEATURES = 'dataset_info.json', 'features.json'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +52,15 @@ class StoredImages:
   def source(self):
     """The tfds source: indexing gives records, see `parse`."""
     tfds = decode.require('tensorflow_datasets')  # Slow to import.
-    return tfds.builder_from_directory(self.folder).as_data_source(
-      split=self.split,
-      deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
-    )
+    try:
+      return tfds.builder_from_directory(self.folder).as_data_source(
+        split=self.split,
+        deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
+      )
+    except ImportError:
+      raise
+    except Exception as error:  # of many kinds, for what may be in the files
+      raise _unreadable(self.folder, self.folder, error) from error
 
   def __reduce__(self):  # Workers open the files anew.
     return StoredImages, dataclasses.astuple(self)
@@ -85,12 +90,13 @@ class StoredImages:
     """Calls finish(i, image i of `rows`) for each; see `split.Images.read`.
 
     Raises:
-      ValueError: an image cannot be decoded; the message has its name.
+      ValueError: an image cannot be read or decoded; the message names it, or
+        the file that it should be in.
     """
 
     def read_one(i):
       row = int(rows[i])
-      example = parse(self.source[row])
+      example = self.example(row)
       try:
         if bits is None:
           image = decode.center_view(example.image, self.size, self.resize)
@@ -120,6 +126,21 @@ class StoredImages:
     for future in [pool.submit(read_some) for _ in range(self.threads)]:
       future.result()  # raises what a thread raised
 
+  def example(self, row: int) -> 'Example':
+    """An image as it is stored, with its label.
+
+    Raises:
+      ValueError: it cannot be read; the message names the file.
+    """
+    source = self.source
+    try:
+      return parse(source[row])
+    except Exception as error:  # RuntimeError of the reader, among others
+      split = source.dataset_info.splits[self.split]
+      ends = np.cumsum(split.shard_lengths)
+      path = split.filepaths[np.searchsorted(ends, row, side='right')]
+      raise _unreadable(path, self.folder, error) from error
+
 
 class Example(NamedTuple):
   """One record of a set."""
@@ -132,9 +153,12 @@ class Example(NamedTuple):
 def parse(record: bytes) -> Example:
   """Reads a record, in a quarter of the time that tfds takes in general."""
   feature = _proto().FromString(record).features.feature
+  image, label = feature['image'].bytes_list, feature['label'].int64_list
+  if not (image.value and label.value):
+    raise ValueError('a record in it has no image or no label')
   return Example(
-    feature['image'].bytes_list.value[0],
-    feature['label'].int64_list.value[0],
+    image.value[0],
+    label.value[0],
     b''.join(feature['file_name'].bytes_list.value).decode(),
   )
 
@@ -170,16 +194,17 @@ def open_splits(
 
   Raises:
     FileNotFoundError: the set is not there; the message says what makes it.
-    ValueError: it is there in another form, or an argument is out of range.
+    ValueError: it is there in another form, or damaged, or an argument is out
+      of range.
   """
   folder = find(name, data_dir)
-  info = json.loads((folder / INFO).read_text())
-  if info.get('fileFormat') != 'array_record':
+  form, there = _facts(folder)
+  if form != 'array_record':
     raise ValueError(
-      f'{folder} is in {info.get("fileFormat")} form, which only TensorFlow '
+      f'{folder} is in {form} form, which only TensorFlow '
       f'reads; prepare it as array_record with: djpq data {command(name)}'
     )
-  missing = {*splits} - {s['name'] for s in info['splits']}
+  missing = {*splits} - there
   if missing:
     raise ValueError(f'{folder} has no split {sorted(missing)[0]!r}')
   resize = round(size * 8 / 7) if resize is None else resize
@@ -218,6 +243,34 @@ def find(name: str, data_dir: str | None) -> pathlib.Path:
   return found[max(found)]
 
 
+def _facts(folder: pathlib.Path) -> tuple[str | None, set[str]]:
+  """In which form a set is, and the names of its splits."""
+  path = folder / INFO
+  try:
+    info = json.loads(path.read_text())
+    found = info.get('fileFormat'), {split['name'] for split in info['splits']}
+    path = folder / FEATURES
+    if path.exists():  # tfds has no good word for a damaged one
+      json.loads(path.read_text())
+  except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+    raise _unreadable(path, folder, error) from error
+  return found
+
+
+def _unreadable(path, folder: pathlib.Path, error: Exception) -> ValueError:
+  """What to say of a file that the set in `folder` needs."""
+  # A folder that is there would be taken for the finished set.
+  return ValueError(
+    f'{path} cannot be read ({_first_line(error)}); if it is damaged, remove '
+    f'{folder} and prepare the set again with: djpq data '
+    f'{command(folder.parent.name)}'
+  )
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _split(name: str, images: StoredImages) -> split_lib.Split:
   names = images.source.dataset_info.features['label'].names
   return split_lib.Split(
@@ -234,12 +287,28 @@ def _labels(images: StoredImages) -> np.ndarray:
   """
   path = labels_path(images.folder, images.split)
   if path.is_file():
-    return np.load(path)
-  source = images.source
-  found = (parse(record).label for record in source)
-  labels = np.fromiter(found, np.int32, len(source))
+    return _stored_labels(path, len(images))
+  found = (images.example(row).label for row in range(len(images)))
+  labels = np.fromiter(found, np.int32, len(images))
   with contextlib.suppress(OSError):
-    np.save(path, labels)
+    # Whole or not at all, for other processes may look for it now.
+    part = path.with_name(f'{path.name}.{os.getpid()}.part')
+    with open(part, 'wb') as file:
+      np.save(file, labels)
+    part.replace(path)
+  return labels
+
+
+def _stored_labels(path: pathlib.Path, count: int) -> np.ndarray:
+  try:
+    labels = np.load(path)
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+      raise ValueError(f'it does not hold {count} whole numbers')
+  except Exception as error:  # of many kinds, for what may be in such a file
+    raise ValueError(
+      f'{path} cannot be read ({_first_line(error)}); if it is damaged, delete '
+      'it: it is made anew from the images'
+    ) from error
   return labels
 
 

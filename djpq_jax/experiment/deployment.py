@@ -80,9 +80,14 @@ def _predictions(hardened, run: setting.Run) -> np.ndarray:
   return evaluation.predictions(simulated, run.test_split)
 
 
-def load_artifact(folder):
-  """Loads an artifact of one of the models of this package."""
-  spec = checkpoint.read_manifest(folder)['model']
+def load_artifact(folder, spec=None):
+  """Loads an artifact of one of the models of this package.
+
+  Args:
+    folder: where it is.
+    spec: the 'model' of its manifest, for those who have read that.
+  """
+  spec = spec or checkpoint.read_manifest(folder)['model']
   return checkpoint.load(
     folder, lambda: models.create(spec['name'], **spec['kwargs'])
   )

@@ -256,9 +256,18 @@ def dense_model(run: Run):
       'model.kwargs.input_shape or choose another model'
     )
   if config.model.weights:
-    arrays = torch_weights.read_state_dict(config.model.weights)
-    torch_weights.assign(model, arrays)
+    torch_weights.assign(model, _weights(config.model.weights))
   return model
+
+
+def _weights(path: str):
+  try:
+    return torch_weights.read_state_dict(path)
+  except OSError as error:
+    raise ValueError(
+      f'model.weights is {path!r}, which cannot be read: {error.strerror}; '
+      'give a file of torch.save or safetensors'
+    ) from error
 
 
 def dense_structure(config) -> compress.Structure:

@@ -6,6 +6,7 @@ computes is compared with the model, and the deviation is part of the result.
 
 from collections.abc import Mapping
 import dataclasses
+import os
 import pathlib
 from typing import Any
 
@@ -37,12 +38,15 @@ class Result:
       the reason; their numbers are the same.
     operators: how often ONNX Runtime runs which operator, once it has fused
       what it can; empty for StableHLO.
+    facts_path: of the JSON file that was written beside it, with its shapes
+      and `facts`; None for ONNX, which has them in the file.
   """
 
   path: pathlib.Path
   deviation: verify.Deviation
   float_layers: Mapping[str, str]
   operators: Mapping[str, int]
+  facts_path: pathlib.Path | None = None
 
 
 def export(
@@ -62,7 +66,8 @@ def export(
 
   Args:
     model: what to write.
-    path: where to; a file that is there is replaced.
+    path: where to, on this machine; a file that is there is replaced, and for
+      StableHLO also one of this name and '.json'.
     images: to compare on, float32 [N, H, W, C], prepared as for the model.
     format: 'onnx' or 'stablehlo'.
     batch: examples of a call, or None for any number.
@@ -80,11 +85,11 @@ def export(
     ValueError: the model has no such form, or an argument is wrong.
     ImportError: a package is missing; the message says which.
   """
-  path = pathlib.Path(path)
   if format not in FORMATS:
     raise ValueError(f'no format {format!r}; known: {", ".join(FORMATS)}')
-  if path.is_dir() or not path.absolute().parent.is_dir():
-    raise ValueError(f'{path} is no place for a file')
+  path = _place(path)
+  if format == 'stablehlo':
+    _place(stablehlo_file.manifest_path(path))
   shape = images.shape[1:]
   exact = integer.lower(model, 'simulated')
   wanted = evaluation.predict(
@@ -104,8 +109,9 @@ def export(
     onnx_file.write(path, onnx_file.to_proto(graph, stated))
     call: Any = onnx_file.Session(path)
     operators = onnx_file.operators(path)
+    facts_path = None
   else:
-    stablehlo_file.write(
+    facts_path = stablehlo_file.write(
       path, stablehlo_file.exported(exact, shape, batch), stated
     )
     call = stablehlo_file.Loaded(path)
@@ -116,4 +122,28 @@ def export(
     deviation=deviation,
     float_layers=float_layers,
     operators=operators,
+    facts_path=facts_path,
   )
+
+
+def _place(path) -> pathlib.Path:
+  """The path, if a file can be written there and read back."""
+  text = os.fspath(path)
+  if not text:
+    raise ValueError('the name of the file to write is empty; give one')
+  if '://' in text:  # which pathlib would take for folders
+    raise ValueError(
+      f'{text} is not on this machine, where alone a model is exported to; '
+      'give a file here, and copy it there'
+    )
+  place = pathlib.Path(text)
+  folder = place.absolute().parent
+  if place.is_dir():
+    raise ValueError(f'{text} is a folder; give the name of a file in it')
+  if folder.exists() and not folder.is_dir():
+    raise ValueError(f'{text} cannot be written: {folder} is a file')
+  if not folder.exists():
+    raise ValueError(
+      f'{text} cannot be written: there is no folder {folder}; make it first'
+    )
+  return place

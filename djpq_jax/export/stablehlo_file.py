@@ -52,14 +52,23 @@ def manifest_path(path) -> pathlib.Path:
   return path.with_name(path.name + '.json')
 
 
-def write(path, program: jax.export.Exported, facts: dict[str, Any]) -> None:
-  """Writes the program, and its facts beside it as JSON."""
+def write(
+  path, program: jax.export.Exported, facts: dict[str, Any]
+) -> pathlib.Path:
+  """Writes the program, and its facts beside it as JSON.
+
+  Both replace what is there.
+
+  Returns:
+    The path of the JSON file.
+  """
   path = pathlib.Path(path)
   for target, content in (
     (path, bytes(program.serialize())),
     (manifest_path(path), (json.dumps(facts, indent=1) + '\n').encode()),
   ):
     files.replace(target, content)
+  return manifest_path(path)
 
 
 class Loaded:

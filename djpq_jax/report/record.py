@@ -1,12 +1,13 @@
 """`report.json`: strict JSON, written whole or not at all, and checked."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 import json
 import math
 import os
 import pathlib
 from typing import Any
 
+from djpq_jax import cost
 from djpq_jax import files
 
 FILE_NAME = 'report.json'
@@ -36,6 +37,23 @@ LAYER_KEYS = (
   'macs',
   'bops',
 )
+# What others compute or draw with, if it is there, in any part of the file.
+_NUMBERS = {
+  *('seed', 'seconds', 'float_accuracy', 'accuracy', 'eval_accuracy'),
+  *('budget', 'relative_bops', 'relative_macs', 'relative_weights'),
+  *('float_bops', 'bops', 'float_macs', 'macs', 'weights'),
+  *('artifact_bytes', 'float_bytes', 'weight_bits', 'act_bits'),
+  *('kept_in', 'kept_out', 'in_size', 'out_size', 'size', 'kept'),
+  *('step', 'loss', 'task_loss', 'kept_fraction'),
+  *('mean_weight_bits', 'mean_act_bits'),
+}
+_TEXTS = {'artifact', 'name', 'kind', 'phase', 'reason'}
+# What has to be there, and not null, in each record of a list.
+_RECORD_KEYS = {
+  'layers': LAYER_KEYS,
+  'groups': ('name', 'size', 'kept'),
+  'history': ('step',),
+}
 # Lists of small records: last in the file, one line per record.
 _LISTS = ('layers', 'groups', 'history')
 
@@ -105,10 +123,38 @@ def _problem(report: Any) -> str:
     rows = report.get(name, [])
     if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
       return f'has {name} that are not a list of records'
-  for index, layer in enumerate(report['layers']):
-    missing = [key for key in LAYER_KEYS if key not in layer]
-    if missing:
-      return f'lacks {", ".join(missing)} in layer {layer.get("name", index)!r}'
+    for index, row in enumerate(rows):
+      which = f' in {name.removesuffix("s")} {row.get("name", index)!r}'
+      missing = [key for key in _RECORD_KEYS[name] if key not in row]
+      if missing:
+        return f'lacks {", ".join(missing)}{which}'
+      wrong = _wrong(row, _RECORD_KEYS[name])
+      if wrong:
+        return wrong + which
+  return _wrong(report, set(KEYS) - {'budget'}) or _wrong_budgets(report)
+
+
+def _wrong(record: Mapping[str, Any], needed: Collection[str]) -> str:
+  """Which value of a record is not of its kind; '' if all are."""
+  for key, value in record.items():
+    if value is None and key not in needed:
+      continue
+    if key in _TEXTS and not isinstance(value, str):
+      return f'has {json.dumps(value)[:40]} for {key}, which is no text'
+    if key in _NUMBERS and not isinstance(value, int | float):
+      return f'has {json.dumps(value)[:40]} for {key}, which is no number'
+  return ''
+
+
+def _wrong_budgets(report: Mapping[str, Any]) -> str:
+  budgets = report.get('budgets', {})
+  if not isinstance(budgets, dict):
+    return 'has budgets that are not a record'
+  for name, budget in budgets.items():
+    if name not in cost.COSTS or not isinstance(budget, int | float):
+      return f'has {json.dumps(budget)[:40]} for the budget of {name}'
+    if report.get(f'relative_{name}') is None:
+      return f'lacks relative_{name}, which has a budget'
   return ''
 
 
