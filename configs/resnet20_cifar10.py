@@ -1,11 +1,10 @@
 """DJPQ on ResNet-20 / CIFAR-10, from a trained float model.
 
 The float weights have 91.73 %.  Reproduced so far, in 5 epochs instead of 10
-(search.epochs=1.5, finetune.epochs=3.5) and with two seeds: 91.35 % and 91.31 %
-at 1.57 % of the float32 BOPs, four bits everywhere 91.44 % and 91.35 % at
-1.58 %; with one seed each, what follows.  With searches from
-eight bits 91.17 % at 1.56 % and 90.82 % at 0.997 %; there two stages have
-90.72 % at 0.992 %, three bits everywhere 90.27 % at 0.895 %.  See
+(search.epochs=1.5, finetune.epochs=3.5): 91.35 % and 91.31 % (two seeds) at
+1.57 % of the float32 BOPs, four bits everywhere 91.44 % and 91.35 % at 1.58 %;
+91.06 % (one seed) at 0.987 %, three bits everywhere 90.27 % at 0.895 %, two
+stages (with bits learned from eight down) 90.72 % at 0.992 %.  See
 benchmarks/results/resnet20_cifar10.json.
 
 Command: djpq train --config configs/resnet20_cifar10.py \
