@@ -64,5 +64,5 @@ def note_of(phase: str, metrics: dict) -> str:
       if f'relative_{name}' in metrics:
         note += f'  {name} {metrics[f"relative_{name}"]:.2%}'
   if 'eval_accuracy' in metrics:
-    note += f'  right {metrics["eval_accuracy"]:.1%}'
+    note += f'  accuracy {metrics["eval_accuracy"]:.1%}'
   return note + f'  {metrics["images_per_second"]:,.0f} images/s'
