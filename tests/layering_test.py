@@ -43,7 +43,9 @@ TABLE = (
   Row('config', '', 'ml_collections'),
   # With cv2, simplejpeg, PIL and array_record, which decode.require imports.
   Row(
-    'data', 'packages machine', 'jax numpy grain sklearn tensorflow_datasets'
+    'data',
+    'packages machine files',
+    'jax numpy grain sklearn tensorflow_datasets',
   ),
   Row('models', '', 'jax numpy flax.nnx safetensors'),
   Row('parallel', '', 'jax numpy flax.nnx'),

@@ -21,21 +21,16 @@ import importlib.metadata
 import pathlib
 from typing import Any
 
-from flax import nnx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from djpq_jax import compress
 from djpq_jax import files
-from djpq_jax import graph as graph_lib
 from djpq_jax import harden
 from djpq_jax import integer
-from djpq_jax import layers
+from djpq_jax.checkpoint import contents
 from djpq_jax.checkpoint import index as index_lib
 from djpq_jax.checkpoint import manifest as manifest_lib
-from djpq_jax.checkpoint import packing
 from djpq_jax.checkpoint import program as program_lib
 from djpq_jax.checkpoint.manifest import ArtifactError
 from djpq_jax.checkpoint.program import Program
@@ -49,8 +44,6 @@ __all__ = [
   'save',
   'size_bytes',
 ]
-
-PACKED = 'packed'  # the array of all integers
 
 
 def save(
@@ -76,29 +69,9 @@ def save(
   Raises:
     ValueError: one of them is not what its name says, as accuracy='high'.
   """
-  # Few arrays, for each costs hundreds of bytes on disk.
-  parts: dict[str, list[np.ndarray]] = {}
-  entries: dict[str, str] = {}
-  bits = {row.name: row.weight_bits for row in rows}
-  stored = program_lib.names(model)
-  values = []
-  for key, variable in nnx.to_flat_state(nnx.state(model)):
-    name = '/'.join(map(str, key))
-    if name not in stored:
-      continue
-    value, width = np.asarray(variable[...]), 0
-    if isinstance(variable, layers.IntegerParam):
-      width = bits[name.removeprefix('model/').removesuffix('/kernel')]
-    values.append((width, name, value))
-  # Of one width side by side: they share the codes of their bytes.
-  for width, name, value in sorted(values, key=lambda v: v[:2]):
-    if width:
-      entries[name] = manifest_lib.spec(f'{PACKED} int{width}', value.shape)
-      parts.setdefault(PACKED, []).append(packing.pack(value, width))
-    else:
-      entries[name] = manifest_lib.spec(str(value.dtype), value.shape)
-      parts.setdefault(str(value.dtype), []).append(value.ravel())
-  arrays = {name: np.concatenate(found) for name, found in parts.items()}
+  entries, arrays = contents.packed(
+    model, {row.name: row.weight_bits for row in rows}
+  )
   code, reason = program_lib.serialized(model, input_shape)
   manifest = {
     'format': manifest_lib.FORMAT,
@@ -119,7 +92,7 @@ def save(
   if fault:
     raise ValueError(f'{folder} cannot be written: {fault}')
   index = {
-    'signed_inputs': _signed(model),
+    'signed_inputs': contents.signed_inputs(model),
     'reasons': {g.name: g.reason for g in model.structure.groups if g.reason},
     'plan': model.structure.plan.to_json(),
     'arrays': entries,
@@ -128,14 +101,6 @@ def save(
     files.absolute(files.path(folder)), manifest_lib.FILE_NAME
   ) as partial:
     _write(partial, manifest, index, arrays, code)
-
-
-def _signed(model) -> dict[str, bool]:
-  return {
-    hook.path: hook.operands.act.signed
-    for hook in compress.hooks(model)
-    if isinstance(hook.operands.act, harden.FixedQuantizer)
-  }
 
 
 def _write(
@@ -173,11 +138,11 @@ def load(folder, dense) -> harden.HardenedModel:
   """
   manifest, arrays = _read(folder)
   try:
-    values = _unpacked(manifest['arrays'], arrays)
-    return _filled(_skeleton(manifest, dense), values)
+    values = contents.unpacked(manifest['arrays'], arrays)
+    return contents.filled(contents.skeleton(manifest, dense), values)
   except (AttributeError, LookupError, TypeError, ValueError) as error:
     raise ArtifactError(
-      f'{folder} does not fit the model: {_first_line(error)}'
+      f'{folder} does not fit the model: {files.first_line(error)}'
     ) from error
 
 
@@ -199,13 +164,13 @@ def load_program(folder) -> program_lib.Program:
     raise ArtifactError(f'{folder} has no program: {manifest["program"]}')
   path = files.path(folder) / program_lib.FILE_NAME
   try:
-    values = _unpacked(manifest['arrays'], arrays)
+    values = contents.unpacked(manifest['arrays'], arrays)
     return program_lib.Program(path.read_bytes(), values)
   except Exception as error:  # of many kinds, for what may be in such a file
     raise ArtifactError(
       f'the program of {folder}, written with jax '
       f'{manifest["provenance"].get("jax")}, cannot be read: '
-      f'{_first_line(error)}'
+      f'{files.first_line(error)}'
     ) from error
 
 
@@ -253,75 +218,14 @@ def _read(folder) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
       manifest |= index_lib.read(here)
     except (OSError, ValueError) as error:
       raise ArtifactError(
-        f'{folder}/{index_lib.FILE_NAME} is damaged: {_first_line(error)}'
+        f'{folder}/{index_lib.FILE_NAME} is damaged: {files.first_line(error)}'
       ) from error
     try:
       return manifest, _read_arrays(here / 'arrays')
     except Exception as error:  # orbax and tensorstore raise many kinds
       raise ArtifactError(
-        f'{folder}/arrays is damaged: {_first_line(error)}'
+        f'{folder}/arrays is damaged: {files.first_line(error)}'
       ) from error
-
-
-def _unpacked(specs, arrays) -> dict[str, np.ndarray]:
-  """Each array of the model, by name."""
-  values = {}
-  done = dict.fromkeys(arrays, 0)
-  for name, text in specs.items():
-    dtype, shape = manifest_lib.read_spec(text)
-    size = int(np.prod(shape))
-    packed = dtype.startswith(PACKED)
-    bits = int(dtype.removeprefix(f'{PACKED} int')) if packed else 0
-    kind = PACKED if packed else dtype
-    size = packing.packed_bytes(size, bits) if packed else size
-    value = arrays[kind][done[kind] : done[kind] + size]
-    done[kind] += size
-    if packed:
-      values[name] = packing.unpack(value, bits, shape)
-    else:
-      values[name] = value.reshape(shape)
-  return values
-
-
-def _filled(model, values) -> harden.HardenedModel:
-  """The model with arrays in place of shapes."""
-  graphdef, state = nnx.split(model)
-  whole = nnx.to_flat_state(state)
-  # Predictions draw nothing, so any states of generators will do.
-  noise = [(k, _some(v)) for k, v in whole if isinstance(v, nnx.RngState)]
-  flat = [
-    ('/'.join(map(str, k)), k, v)
-    for k, v in whole
-    if not isinstance(v, nnx.RngState)
-  ]
-  different = {name for name, _, _ in flat} ^ values.keys()
-  different |= {
-    name
-    for name, _, variable in flat
-    # A step or a scale has no shape before it is read.
-    if name in values and not isinstance(variable, harden.Constant)
-    if variable.shape != values[name].shape
-    # The kernel of a layer is float in the dense model.
-    or (
-      not isinstance(variable, layers.IntegerParam)
-      and variable.dtype != values[name].dtype
-    )
-  }
-  if different:
-    raise ValueError(f'they differ in {", ".join(sorted(different)[:3])}')
-  filled = [(key, jnp.asarray(values[name])) for name, key, _ in flat]
-  return nnx.merge(graphdef, nnx.from_flat_state([*filled, *noise]))
-
-
-def _some(variable):
-  """A value for the count or the key of a random generator."""
-  if jnp.issubdtype(variable.dtype, jax.dtypes.prng_key):
-    return jax.random.key(0)
-  return jnp.zeros(variable.shape, variable.dtype)
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -330,52 +234,6 @@ def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     target = {k: np.empty(v.shape, v.dtype) for k, v in tree.items()}
     restored = checkpointer.restore(path, target)
   return {k: np.asarray(v) for k, v in restored.items()}
-
-
-def _skeleton(manifest, dense) -> harden.HardenedModel:
-  """The hardened model with shapes in place of arrays."""
-  plan = compress.Plan.from_json(manifest['plan'])
-  model = compress.eval_view(nnx.eval_shape(dense))
-  shape = (2, *manifest['input_shape'])
-  x = jax.ShapeDtypeStruct(shape, jnp.float32)
-  graph = graph_lib.trace(model, x)
-  groups = tuple(
-    compress.GroupSettings(
-      name=g.name,
-      size=g.size,
-      align=1,
-      min_channels=1,
-      reason=manifest['reasons'].get(g.name, ''),
-    )
-    for g in graph.groups
-  )
-  quantized = set(manifest['signed_inputs'])
-  settings = {
-    p: compress.LayerSettings(quantize=p in quantized) for p in graph.layers
-  }
-  structure = compress.Structure(graph, settings, groups, plan)
-  inner = graph_lib.slice_channels(model, graph, dict(plan.open))
-  empty = jax.ShapeDtypeStruct((), jnp.float32)
-  gates = [harden.Scales(empty) for _ in structure.gated]
-  compress.attach_operands(
-    inner,
-    structure,
-    weight=lambda path: (
-      harden.Dequantizer(empty) if path in quantized else None
-    ),
-    act=lambda path: (
-      harden.FixedQuantizer(
-        empty, empty, signed=manifest['signed_inputs'][path]
-      )
-      if path in quantized
-      else None
-    ),
-  )
-  hardened = harden.HardenedModel(inner, gates, structure)
-  for hook in compress.hooks(hardened):
-    if hook.path in quantized:
-      hook.layer.kernel = layers.IntegerParam(hook.layer.kernel.get_value())
-  return hardened
 
 
 def size_bytes(folder) -> int:

@@ -1,0 +1,166 @@
+"""The arrays of a hardened model, as they are stored and as it holds them."""
+
+from collections.abc import Mapping
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from djpq_jax import compress
+from djpq_jax import graph as graph_lib
+from djpq_jax import harden
+from djpq_jax import layers
+from djpq_jax.checkpoint import manifest as manifest_lib
+from djpq_jax.checkpoint import packing
+from djpq_jax.checkpoint import program as program_lib
+
+PACKED = 'packed'  # the array of all integers
+
+
+def packed(
+  model: harden.HardenedModel, bits: Mapping[str, int]
+) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+  """What is written of a model.
+
+  Args:
+    model: hardened.
+    bits: of the kernel of each quantized layer.
+
+  Returns:
+    (name -> form of each array of the model, the few that are written).
+  """
+  # Few arrays, for each costs hundreds of bytes on disk.
+  parts: dict[str, list[np.ndarray]] = {}
+  entries: dict[str, str] = {}
+  stored = program_lib.names(model)
+  values = []
+  for key, variable in nnx.to_flat_state(nnx.state(model)):
+    name = '/'.join(map(str, key))
+    if name not in stored:
+      continue
+    value, width = np.asarray(variable[...]), 0
+    if isinstance(variable, layers.IntegerParam):
+      width = bits[name.removeprefix('model/').removesuffix('/kernel')]
+    values.append((width, name, value))
+  # Of one width side by side: they share the codes of their bytes.
+  for width, name, value in sorted(values, key=lambda v: v[:2]):
+    if width:
+      entries[name] = manifest_lib.spec(f'{PACKED} int{width}', value.shape)
+      parts.setdefault(PACKED, []).append(packing.pack(value, width))
+    else:
+      entries[name] = manifest_lib.spec(str(value.dtype), value.shape)
+      parts.setdefault(str(value.dtype), []).append(value.ravel())
+  return entries, {n: np.concatenate(found) for n, found in parts.items()}
+
+
+def unpacked(specs, arrays) -> dict[str, np.ndarray]:
+  """Each array of the model, by name."""
+  values = {}
+  done = dict.fromkeys(arrays, 0)
+  for name, text in specs.items():
+    dtype, shape = manifest_lib.read_spec(text)
+    size = int(np.prod(shape))
+    integers = dtype.startswith(PACKED)
+    bits = int(dtype.removeprefix(f'{PACKED} int')) if integers else 0
+    kind = PACKED if integers else dtype
+    size = packing.packed_bytes(size, bits) if integers else size
+    value = arrays[kind][done[kind] : done[kind] + size]
+    done[kind] += size
+    if integers:
+      values[name] = packing.unpack(value, bits, shape)
+    else:
+      values[name] = value.reshape(shape)
+  return values
+
+
+def signed_inputs(model: harden.HardenedModel) -> dict[str, bool]:
+  """Whether the input of each quantized layer is signed."""
+  return {
+    hook.path: hook.operands.act.signed
+    for hook in compress.hooks(model)
+    if isinstance(hook.operands.act, harden.FixedQuantizer)
+  }
+
+
+def skeleton(manifest, dense) -> harden.HardenedModel:
+  """The hardened model with shapes in place of arrays."""
+  plan = compress.Plan.from_json(manifest['plan'])
+  model = compress.eval_view(nnx.eval_shape(dense))
+  shape = (2, *manifest['input_shape'])
+  x = jax.ShapeDtypeStruct(shape, jnp.float32)
+  graph = graph_lib.trace(model, x)
+  groups = tuple(
+    compress.GroupSettings(
+      name=g.name,
+      size=g.size,
+      align=1,
+      min_channels=1,
+      reason=manifest['reasons'].get(g.name, ''),
+    )
+    for g in graph.groups
+  )
+  quantized = set(manifest['signed_inputs'])
+  settings = {
+    p: compress.LayerSettings(quantize=p in quantized) for p in graph.layers
+  }
+  structure = compress.Structure(graph, settings, groups, plan)
+  inner = graph_lib.slice_channels(model, graph, dict(plan.open))
+  empty = jax.ShapeDtypeStruct((), jnp.float32)
+  gates = [harden.Scales(empty) for _ in structure.gated]
+  compress.attach_operands(
+    inner,
+    structure,
+    weight=lambda path: (
+      harden.Dequantizer(empty) if path in quantized else None
+    ),
+    act=lambda path: (
+      harden.FixedQuantizer(
+        empty, empty, signed=manifest['signed_inputs'][path]
+      )
+      if path in quantized
+      else None
+    ),
+  )
+  hardened = harden.HardenedModel(inner, gates, structure)
+  for hook in compress.hooks(hardened):
+    if hook.path in quantized:
+      hook.layer.kernel = layers.IntegerParam(hook.layer.kernel.get_value())
+  return hardened
+
+
+def filled(model, values) -> harden.HardenedModel:
+  """The model with arrays in place of shapes."""
+  graphdef, state = nnx.split(model)
+  whole = nnx.to_flat_state(state)
+  # Predictions draw nothing, so any states of generators will do.
+  noise = [(k, _some(v)) for k, v in whole if isinstance(v, nnx.RngState)]
+  flat = [
+    ('/'.join(map(str, k)), k, v)
+    for k, v in whole
+    if not isinstance(v, nnx.RngState)
+  ]
+  different = {name for name, _, _ in flat} ^ values.keys()
+  different |= {
+    name
+    for name, _, variable in flat
+    # A step or a scale has no shape before it is read.
+    if name in values and not isinstance(variable, harden.Constant)
+    if variable.shape != values[name].shape
+    # The kernel of a layer is float in the dense model.
+    or (
+      not isinstance(variable, layers.IntegerParam)
+      and variable.dtype != values[name].dtype
+    )
+  }
+  if different:
+    raise ValueError(f'they differ in {", ".join(sorted(different)[:3])}')
+  filled = [(key, jnp.asarray(values[name])) for name, key, _ in flat]
+  return nnx.merge(graphdef, nnx.from_flat_state([*filled, *noise]))
+
+
+def _some(variable):
+  """A value for the count or the key of a random generator."""
+  if jnp.issubdtype(variable.dtype, jax.dtypes.prng_key):
+    return jax.random.key(0)
+  return jnp.zeros(variable.shape, variable.dtype)
