@@ -121,7 +121,8 @@ def one(config, model, float_accuracy) -> dict:
       trained=model,
       progress=lambda *_: None,
     )
-  # Some twenty runs would leave the compiler no memory to map programs to.
+  # A process that kept the programs of nineteen runs ended in the next, where
+  # the compiler could not allocate memory.
   jax.clear_caches()
   keys = ('accuracy', 'relative_bops', 'bops', 'macs', 'artifact_bytes')
   kept = {k: report[k] for k in keys}

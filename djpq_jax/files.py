@@ -44,9 +44,17 @@ def path(name: str | os.PathLike[str]) -> pathlib.Path:
   return there
 
 
-def is_remote(path: pathlib.Path) -> bool:
+def is_remote(path: str | os.PathLike[str]) -> bool:
   """Whether a path is one of an object store."""
   return '://' in os.fspath(path)
+
+
+def obstacle(path: pathlib.Path) -> pathlib.Path | None:
+  """The file that stands where a folder, or one above it, should be."""
+  for part in (path,) if is_remote(path) else (path, *path.parents):
+    if part.exists():
+      return None if part.is_dir() else part
+  return None
 
 
 def absolute(path: pathlib.Path) -> pathlib.Path:
@@ -82,6 +90,11 @@ def replace(name: str | os.PathLike[str], content: str | bytes) -> pathlib.Path:
     partial.unlink(missing_ok=True)
     raise
   return where
+
+
+def first_line(error: Exception) -> str:
+  """What an error of whatever reads a file says, for a sentence about it."""
+  return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def remove(path: pathlib.Path) -> None:

@@ -45,11 +45,9 @@ class Workdir:
     Raises:
       ValueError: says what the folder holds, or in what the configs differ.
     """
-    for folder in (self.path, *self.path.parents):
-      if folder.exists():
-        if not folder.is_dir():
-          raise ValueError(f'{folder} is a file, not a folder')
-        break
+    file = files.obstacle(self.path)
+    if file is not None:
+      raise ValueError(f'{file} is a file, not a folder')
     if not self.path.is_dir() or not self._found():
       return
     if not self.claimed:

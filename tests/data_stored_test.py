@@ -14,6 +14,7 @@ import pytest
 from djpq_jax import data
 from djpq_jax import evaluation
 from djpq_jax.data import decode
+from djpq_jax.data import folders
 from djpq_jax.data import pipeline
 from djpq_jax.data import stored
 from djpq_jax.data.prepare import folder
@@ -324,8 +325,8 @@ def test_labels_of_another_set(home, tmp_path, labels):
 @pytest.mark.parametrize(
   'pattern',
   [
-    stored.INFO,
-    stored.FEATURES,
+    folders.INFO,
+    folders.FEATURES,
     'folder-train.array_record-00000-*',
     'folder-train.array_record-00001-*',
     'folder-validation.array_record-00000-*',
@@ -345,7 +346,7 @@ def test_a_damaged_file_is_named(home, tmp_path, pattern, keep, labels):
 
 @pytest.mark.parametrize('content', ['[]', '{"splits": 3}', '{}', 'null'])
 def test_an_info_that_makes_no_sense(home, tmp_path, content):
-  path = damage(home, tmp_path, stored.INFO, 0)
+  path = damage(home, tmp_path, folders.INFO, 0)
   path.write_text(content)
   assert said(tmp_path).startswith(f'{path} cannot be read (')
 
@@ -392,8 +393,8 @@ def test_an_unfinished_set_is_not_taken(tmp_path):
   ],
 )
 def test_a_set_of_another_form_is_refused(home, tmp_path, old, new, message):
-  text = (home / 'folder/1.0.0' / stored.INFO).read_text()
-  path = tmp_path / 'folder/1.0.0' / stored.INFO
+  text = (home / 'folder/1.0.0' / folders.INFO).read_text()
+  path = tmp_path / 'folder/1.0.0' / folders.INFO
   pictures.write(path, text.replace(old, new).encode())
   with pytest.raises(ValueError, match=message):
     data.load('folder', data_dir=str(tmp_path))
@@ -403,4 +404,4 @@ def test_the_newest_version_is_taken(home, tmp_path):
   for version in ('1.0.0', '1.9.0', '1.10.0'):
     shutil.copytree(home / 'folder/1.0.0', tmp_path / 'folder' / version)
   (tmp_path / 'folder/2.0.0').mkdir()  # nothing in there
-  assert stored.find('folder', str(tmp_path)).name == '1.10.0'
+  assert folders.find('folder', str(tmp_path)).name == '1.10.0'

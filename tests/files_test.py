@@ -19,6 +19,14 @@ def test_text_and_bytes(tmp_path):
   assert path.read_bytes() == b'b'
 
 
+def test_what_stands_in_the_way_of_a_folder(tmp_path):
+  (tmp_path / 'file').write_text('')
+  assert files.obstacle(tmp_path) is None
+  assert files.obstacle(tmp_path / 'none' / 'deep') is None
+  for path in (tmp_path / 'file', tmp_path / 'file' / 'deep' / 'er'):
+    assert files.obstacle(path) == tmp_path / 'file'
+
+
 def test_many_writers(tmp_path):
   contents = [bytes([n]) * 100_000 for n in range(8)]
   with futures.ThreadPoolExecutor(8) as pool:

@@ -11,6 +11,7 @@ from typing import Any
 import rich.console
 import rich.progress
 
+from djpq_jax import files
 from djpq_jax.data.prepare import cifar10
 from djpq_jax.data.prepare import folder
 from djpq_jax.data.prepare import imagenet
@@ -68,7 +69,7 @@ def _add_out(kind: argparse.ArgumentParser) -> None:
 
 
 def _careful(run: Callable[[Any], None]) -> Callable[[Any], None]:
-  """Says in one sentence that the user or the disk put an end to a command."""
+  """Checks where a set is to go, and says if the user stopped a command."""
 
   def careful(args):
     _check_out(args.out)
@@ -79,8 +80,6 @@ def _careful(run: Callable[[Any], None]) -> Callable[[Any], None]:
         'djpq: stopped; the same command goes on from here', file=sys.stderr
       )
       sys.exit(128 + signal.SIGINT)
-    except OSError as error:
-      raise ValueError(str(error)) from error
 
   return careful
 
@@ -89,15 +88,14 @@ def _check_out(out: str) -> None:
   """Whether there is, or can be, a folder of this name."""
   if not out:
     raise ValueError('--out is empty; give the folder to put the set in')
-  if '://' in out:  # which pathlib would take for folders
+  if files.is_remote(out):  # which pathlib would take for folders
     raise ValueError(
       f'--out {out} is not on this machine, where alone sets are prepared; '
       'give a folder here'
     )
-  path = pathlib.Path(out).expanduser()
-  for part in (path, *path.parents):
-    if part.exists() and not part.is_dir():
-      raise ValueError(f'--out {out} takes a folder, but {part} is a file')
+  file = files.obstacle(pathlib.Path(out).expanduser())
+  if file is not None:
+    raise ValueError(f'--out {out} takes a folder, but {file} is a file')
 
 
 def _cifar10(args) -> None:

@@ -88,8 +88,8 @@ def _run(args) -> None:
     work.check()
     report, _ = training.carry_out(config, work, console, float_dir=home.path)
     points.append(_point(report, folder.name))
-    # No other budget has the same programs; dozens would exhaust the memory
-    # maps that a process may have.
+    # No other budget has the same programs, and a process that kept those of
+    # nineteen runs was seen to end for want of memory to compile in.
     jax.clear_caches()
   if parallel.is_first():
     _finish(points, home.path, console)

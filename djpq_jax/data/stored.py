@@ -8,11 +8,8 @@ step number alone, on any number of threads.
 
 from collections.abc import Callable
 from concurrent import futures
-import contextlib
 import dataclasses
 import functools
-import json
-import os
 import pathlib
 from typing import NamedTuple
 
@@ -20,10 +17,10 @@ import numpy as np
 
 from djpq_jax import machine
 from djpq_jax.data import decode
+from djpq_jax.data import folders
 from djpq_jax.data import split as split_lib
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-INFO, FEATURES = 'dataset_info.json', 'features.json'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +57,7 @@ class StoredImages:
     except ImportError:
       raise
     except Exception as error:  # of many kinds, for what may be in the files
-      raise _unreadable(self.folder, self.folder, error) from error
+      raise folders.unreadable(self.folder, self.folder, error) from error
 
   def __reduce__(self):  # Workers open the files anew.
     return StoredImages, dataclasses.astuple(self)
@@ -139,7 +136,7 @@ class StoredImages:
       split = source.dataset_info.splits[self.split]
       ends = np.cumsum(split.shard_lengths)
       path = split.filepaths[np.searchsorted(ends, row, side='right')]
-      raise _unreadable(path, self.folder, error) from error
+      raise folders.unreadable(path, self.folder, error) from error
 
 
 class Example(NamedTuple):
@@ -197,12 +194,12 @@ def open_splits(
     ValueError: it is there in another form, or damaged, or an argument is out
       of range.
   """
-  folder = find(name, data_dir)
-  form, there = _facts(folder)
+  folder = folders.find(name, data_dir)
+  form, there = folders.facts(folder)
   if form != 'array_record':
     raise ValueError(
-      f'{folder} is in {form} form, which only TensorFlow '
-      f'reads; prepare it as array_record with: djpq data {command(name)}'
+      f'{folder} is in {form} form, which only TensorFlow reads; prepare it as '
+      f'array_record with: djpq data {folders.command(name)}'
     )
   missing = {*splits} - there
   if missing:
@@ -215,60 +212,6 @@ def open_splits(
     for split in splits
   )
   return _split(name, train), _split(name, test)
-
-
-def command(name: str) -> str:
-  """The arguments of `djpq data` that prepare a set."""
-  return f'{name.removesuffix("2012")} --from DIR --out DIR'
-
-
-def find(name: str, data_dir: str | None) -> pathlib.Path:
-  """The folder of the newest version of a set."""
-  if data_dir is None:
-    tfds = decode.require('tensorflow_datasets')
-    data_dir = tfds.core.constants.DATA_DIR
-  parent = pathlib.Path(os.path.expanduser(data_dir)) / name
-  found = {
-    tuple(map(int, folder.name.split('.'))): folder
-    for folder in parent.glob('[0-9]*.[0-9]*.[0-9]*')
-    if folder.name.replace('.', '').isdigit() and (folder / INFO).is_file()
-  }
-  if not found:
-    begun = any(parent.glob('incomplete.*'))
-    state = 'is not prepared to its end in' if begun else 'is not in'
-    raise FileNotFoundError(
-      f'{name} {state} {str(data_dir)!r}: give the data_dir that has it, or '
-      f'prepare it with: djpq data {command(name)}'
-    )
-  return found[max(found)]
-
-
-def _facts(folder: pathlib.Path) -> tuple[str | None, set[str]]:
-  """In which form a set is, and the names of its splits."""
-  path = folder / INFO
-  try:
-    info = json.loads(path.read_text())
-    found = info.get('fileFormat'), {split['name'] for split in info['splits']}
-    path = folder / FEATURES
-    if path.exists():  # tfds has no good word for a damaged one
-      json.loads(path.read_text())
-  except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
-    raise _unreadable(path, folder, error) from error
-  return found
-
-
-def _unreadable(path, folder: pathlib.Path, error: Exception) -> ValueError:
-  """What to say of a file that the set in `folder` needs."""
-  # A folder that is there would be taken for the finished set.
-  return ValueError(
-    f'{path} cannot be read ({_first_line(error)}); if it is damaged, remove '
-    f'{folder} and prepare the set again with: djpq data '
-    f'{command(folder.parent.name)}'
-  )
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _split(name: str, images: StoredImages) -> split_lib.Split:
@@ -285,36 +228,12 @@ def _labels(images: StoredImages) -> np.ndarray:
   they stand among the images only: then all of it is read, once if the file
   can be written afterwards.
   """
-  path = labels_path(images.folder, images.split)
-  if path.is_file():
-    return _stored_labels(path, len(images))
-  found = (images.example(row).label for row in range(len(images)))
-  labels = np.fromiter(found, np.int32, len(images))
-  with contextlib.suppress(OSError):
-    # Whole or not at all, for other processes may look for it now.
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')
-    with open(part, 'wb') as file:
-      np.save(file, labels)
-    part.replace(path)
+  labels = folders.read_labels(images.folder, images.split, len(images))
+  if labels is None:
+    found = (images.example(row).label for row in range(len(images)))
+    labels = np.fromiter(found, np.int32, len(images))
+    folders.write_labels(images.folder, images.split, labels)
   return labels
-
-
-def _stored_labels(path: pathlib.Path, count: int) -> np.ndarray:
-  try:
-    labels = np.load(path)
-    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
-      raise ValueError(f'it does not hold {count} whole numbers')
-  except Exception as error:  # of many kinds, for what may be in such a file
-    raise ValueError(
-      f'{path} cannot be read ({_first_line(error)}); if it is damaged, delete '
-      'it: it is made anew from the images'
-    ) from error
-  return labels
-
-
-def labels_path(folder: pathlib.Path, split: str) -> pathlib.Path:
-  """Where the labels of a split are kept beside its images."""
-  return folder / f'labels-{split}.npy'
 
 
 @functools.lru_cache(maxsize=4)

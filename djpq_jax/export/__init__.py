@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from djpq_jax import evaluation
+from djpq_jax import files
 from djpq_jax import harden
 from djpq_jax import integer
 from djpq_jax.export import onnx_file
@@ -131,7 +132,7 @@ def _place(path) -> pathlib.Path:
   text = os.fspath(path)
   if not text:
     raise ValueError('the name of the file to write is empty; give one')
-  if '://' in text:  # which pathlib would take for folders
+  if files.is_remote(text):  # which pathlib would take for folders
     raise ValueError(
       f'{text} is not on this machine, where alone a model is exported to; '
       'give a file here, and copy it there'
@@ -140,8 +141,9 @@ def _place(path) -> pathlib.Path:
   folder = place.absolute().parent
   if place.is_dir():
     raise ValueError(f'{text} is a folder; give the name of a file in it')
-  if folder.exists() and not folder.is_dir():
-    raise ValueError(f'{text} cannot be written: {folder} is a file')
+  file = files.obstacle(folder)
+  if file is not None:
+    raise ValueError(f'{text} cannot be written: {file} is a file')
   if not folder.exists():
     raise ValueError(
       f'{text} cannot be written: there is no folder {folder}; make it first'

@@ -19,7 +19,7 @@ import numpy as np
 
 from djpq_jax import machine
 from djpq_jax.data import decode
-from djpq_jax.data import stored
+from djpq_jax.data import folders
 from djpq_jax.data.prepare import listing
 from djpq_jax.data.prepare import shards
 
@@ -284,7 +284,7 @@ def _write_info(work, layout: Layout, records: Records) -> None:
   infos = []
   for split, files in records.items():
     labels = [label for record in files.values() for label in record.labels]
-    np.save(stored.labels_path(work, split), np.array(labels, np.int32))
+    np.save(folders.labels_path(work, split), np.array(labels, np.int32))
     infos.append(
       tfds.core.SplitInfo(
         name=split,
