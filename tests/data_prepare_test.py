@@ -103,6 +103,34 @@ class TestImages:
     assert (image.format, image.mode) == ('PNG', 'RGB')
     np.testing.assert_array_equal(np.asarray(image), np.asarray(whole))
 
+  @pytest.mark.parametrize('form', ['PNG', 'TIFF'])
+  def test_sixteen_bits_keep_the_upper_eight(self, form):
+    grey = SMOOTH[..., 0]
+    encoded = io.BytesIO()
+    Image.fromarray(grey.astype(np.uint16) * 256 + 7).save(encoded, form)
+    found, note = images.checked(encoded.getvalue(), lossless=True)
+    assert note == f'{form} I;16 made PNG RGB'
+    image = np.asarray(Image.open(io.BytesIO(found)))
+    np.testing.assert_array_equal(image, np.stack([grey] * 3, -1))
+
+  @pytest.mark.parametrize('dtype', [np.float32, np.int32])
+  def test_values_without_a_range_are_refused(self, dtype):
+    encoded = io.BytesIO()
+    Image.fromarray(SMOOTH[..., 0].astype(dtype)).save(encoded, 'TIFF')
+    with pytest.raises(images.CorruptImageError, match='no known range'):
+      images.checked(encoded.getvalue(), lossless=True)
+
+  def test_an_image_that_is_too_large_is_named_and_not_decoded(
+    self, monkeypatch
+  ):
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
+    with pytest.raises(images.CorruptImageError, match='pixels'):
+      images.checked(pictures.encoded(SMOOTH, 'PNG'), lossless=True)
+
+  def test_what_is_no_image_is_said_in_the_same_words_each_time(self):
+    with pytest.raises(images.CorruptImageError, match='it is no image file'):
+      images.checked(b'no image at all', lossless=True)
+
   @pytest.mark.parametrize(
     'encoded',
     [

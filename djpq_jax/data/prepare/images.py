@@ -2,6 +2,8 @@
 
 import io
 
+import numpy as np
+
 from djpq_jax.data import decode
 
 # Losing as little as JPEG can when a file has to be written anew.
@@ -67,6 +69,8 @@ def _checked_jpeg(encoded):
 def _load(encoded):
   image_file = decode.require('PIL.ImageFile')
   image_lib = decode.require('PIL.Image')
+  # What Pillow says of an image of too many pixels is an error of its own.
+  too_large = image_lib.DecompressionBombError
   # Another library may have told Pillow to fill up what is missing with grey.
   before, image_file.LOAD_TRUNCATED_IMAGES = (
     image_file.LOAD_TRUNCATED_IMAGES,
@@ -75,7 +79,9 @@ def _load(encoded):
   try:
     image = image_lib.open(io.BytesIO(encoded))
     image.load()
-  except (OSError, ValueError, SyntaxError, EOFError) as error:
+  except image_lib.UnidentifiedImageError:  # its words name an object in memory
+    raise CorruptImageError('it is no image file') from None
+  except (OSError, ValueError, SyntaxError, EOFError, too_large) as error:
     raise CorruptImageError(' '.join(str(error).split())) from None
   finally:
     image_file.LOAD_TRUNCATED_IMAGES = before
@@ -84,5 +90,18 @@ def _load(encoded):
 
 def _written(image, form, **options):
   out = io.BytesIO()
-  image.convert('RGB').save(out, form, **options)
+  _eight_bits(image).convert('RGB').save(out, form, **options)
   return out.getvalue()
+
+
+def _eight_bits(image):
+  """The upper half of 16 bits: Pillow would make all above 255 white."""
+  if image.mode in ('I', 'F'):
+    raise CorruptImageError(
+      f'its values ({image.format}, mode {image.mode}) have no known range; '
+      'make it an image of 8 or 16 bits'
+    )
+  if not image.mode.startswith('I;16'):
+    return image
+  upper = (np.asarray(image) >> 8).astype(np.uint8)
+  return decode.require('PIL.Image').fromarray(upper)
