@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import rich.console
 import tiny
 
 from djpq_jax import checkpoint
@@ -605,6 +606,20 @@ def test_progress_tells_what_is_worth_knowing():
   row |= {'mean_weight_bits': 3.25, 'mean_act_bits': 4.0}
   note = bars.note_of('search', row)
   assert note.startswith('loss 0.500  BOPs 2.000%  bits 3.2/4.0  channels 50%')
+
+
+def test_progress_knows_the_time_left_when_looks_are_far_apart():
+  now = 0.0
+  console = rich.console.Console(
+    file=io.StringIO(), force_terminal=True, get_time=lambda: now
+  )
+  shown = bars.Bars(console)  # not entered: nothing is drawn
+  row = {'task_loss': 0.5, 'images_per_second': 2.0}
+  for step in (50, 100, 150):
+    shown.show('float', step, 200, row)
+    now += 100
+  (task,) = shown._progress.tasks
+  assert task.time_remaining == 100
 
 
 def test_a_config_that_is_missing(tmp_path, capsys):

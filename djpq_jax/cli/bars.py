@@ -22,6 +22,8 @@ class Bars:
       rich.progress.TimeRemainingColumn(compact=True),
       rich.progress.TextColumn('{task.fields[note]}'),
       console=console,
+      # By default of half a minute, in which there may be no two looks.
+      speed_estimate_period=3600,
       disable=not console.is_terminal,
     )
     self._tasks: dict[str, rich.progress.TaskID] = {}
