@@ -64,6 +64,11 @@ if [ -n "$sweep" ]; then
 ' several machines, apply one JobSet per run'
 fi
 check_arguments "$@"
+# shellcheck disable=SC2016  # Kubernetes fills it in
+case ${sweep:+$*} in
+  '' | *'$(JOB_COMPLETION_INDEX)'*) ;;
+  *) fail 'put $(JOB_COMPLETION_INDEX) into --workdir, in single quotes' ;;
+esac
 # In a quoted scalar of YAML it would become a space.
 case "$name$image$namespace$volume$*" in
   *$'\n'*) fail 'no value may hold a line break' ;;

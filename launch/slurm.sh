@@ -10,13 +10,14 @@
 #   --per gpu       one process per GPU, not one per node  [node]
 #   --grace S       seconds before its end that a run is asked to save  [120]
 #   --sweep N       N runs, that read 0 to N-1 in $SLURM_ARRAY_TASK_ID
-#   --setup LINE    shell, before anything else: 'module load cuda'
+#   --setup LINE    shell, before all else: 'module load cuda'; repeatable
 #   --sbatch FLAG   any other option of sbatch, as --time=8:00:00; repeatable
 #   --dry-run       print the script, and submit nothing
 #
 # What follows -- goes to djpq train. A run that was preempted, or that reached
 # its time limit, saves its state and waits in the queue again.
 
+# shellcheck disable=SC2016  # the job's shell fills variables in, not ours
 set -eu
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
@@ -30,9 +31,8 @@ while [ $# -gt 0 ]; do
     --per) need "$@"; per=$2; shift 2 ;;
     --grace) need "$@"; grace=$2; shift 2 ;;
     --sweep) need "$@"; sweep=$2; shift 2 ;;
-    --setup) need "$@"; setup=$2; shift 2 ;;
-    --sbatch) need "$@"; flags="$flags#SBATCH $2
-"; shift 2 ;;
+    --setup) need "$@"; setup=$setup$2$'\n'; shift 2 ;;
+    --sbatch) need "$@"; flags="$flags#SBATCH $2"$'\n'; shift 2 ;;
     --dry-run) dry_run=1; shift ;;
     --help | -h) usage; exit ;;
     --) shift; break ;;
@@ -50,8 +50,11 @@ case $per in
   *) fail "--per must be node or gpu, and is '$per'" ;;
 esac
 check_arguments "$@"
+case ${sweep:+$*} in
+  '' | *'$SLURM_ARRAY_TASK_ID'*) ;;
+  *) fail 'put $SLURM_ARRAY_TASK_ID into --workdir, in single quotes' ;;
+esac
 
-# shellcheck disable=SC2016  # the job's shell fills variables in, not ours
 script() {
   local train job='$SLURM_JOB_ID' task='$SLURM_ARRAY_TASK_ID' ids=0 id
   [ $((nodes * tasks)) -eq 1 ] || set -- "$@" --distributed
@@ -76,7 +79,7 @@ END
 #SBATCH --signal=TERM@$grace
 ${flags}set -e
 END
-  [ -z "$setup" ] || printf '%s\n' "$setup"
+  printf '%s' "$setup"
   # srun does not take it over from sbatch.
   [ -z "$cpus" ] || echo "export SRUN_CPUS_PER_TASK=$cpus"
   if [ "$per" = node ] && [ "$gpus" -gt 1 ]; then

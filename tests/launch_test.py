@@ -206,6 +206,12 @@ def test_mistakes_are_one_sentence(machine, name, args, message):
       [*NAMED['kubernetes'], '--sweep', '3', '--nodes', '2'],
       'a --sweep has one machine per run',
     ),
+    (
+      'kubernetes',
+      [*NAMED['kubernetes'], '--sweep', '3'],
+      'put $(JOB_COMPLETION_INDEX) into --workdir',
+    ),
+    ('slurm', ['--sweep', '3'], 'put $SLURM_ARRAY_TASK_ID into --workdir'),
   ],
 )
 def test_mistakes_in_options(machine, name, args, message):
@@ -386,11 +392,13 @@ def test_slurm_one_process_is_not_distributed(machine):
 
 def test_slurm_options_precede_commands(machine):
   flags = ['--sbatch', '--time=1:00:00', '--sbatch', '--comment="a b"']
-  lines = slurm(machine, *flags, '--setup', 'module load cuda; . bin/activate')
+  flags += ['--setup', 'module load cuda', '--setup', '. bin/activate']
+  lines = slurm(machine, *flags)
   options = [i for i, line in enumerate(lines) if line.startswith('#SBATCH')]
   assert options == list(range(1, len(options) + 1))
   assert {'#SBATCH --time=1:00:00', '#SBATCH --comment="a b"'} <= set(lines)
-  assert 'module load cuda; . bin/activate' in lines
+  commands = lines[len(options) + 1 :]
+  assert commands[:3] == ['set -e', 'module load cuda', '. bin/activate']
 
 
 def test_slurm_passes_arguments_on_unchanged(machine):
@@ -412,12 +420,14 @@ def test_slurm_requeues_what_was_stopped_and_nothing_else(machine, status):
 
 
 def test_slurm_sweep_is_an_array(machine):
-  args = ['--sweep', '3', '--', *TRAIN]
+  folder = ['--workdir', '/shared/$SLURM_ARRAY_TASK_ID']
+  args = ['--sweep', '3', '--', *TRAIN, *folder]
   odd = "it's $SLURM_ARRAY_TASK_ID of $HOME, $SLURM_ARRAY_TASK_ID"
   machine.ends('djpq', 143, 143)
   machine.run('slurm', *args, odd, status=143)
   argv = machine.calls('djpq')[0]['argv']
-  assert argv == ['train', *TRAIN, "it's 2 of $HOME, 2"]
+  folder = ['--workdir', '/shared/2']
+  assert argv == ['train', *TRAIN, *folder, "it's 2 of $HOME, 2"]
   assert machine.calls('scontrol')[0]['argv'] == ['requeue', '5_2']
   script = machine.run('slurm', '--dry-run', *args)
   assert '#SBATCH --array=0-2' in script.splitlines()
@@ -434,9 +444,9 @@ def test_slurm_submits_what_the_dry_run_prints(machine):
 # Kubernetes.
 
 
-def manifest(machine, *args):
+def manifest(machine, *args, train=()):
   """What a dry run prints, and kubectl gets."""
-  args = [*NAMED['kubernetes'], *args, '--', *TRAIN]
+  args = [*NAMED['kubernetes'], *args, '--', *TRAIN, *train]
   printed = machine.run('kubernetes', '--dry-run', *args)
   machine.run('kubernetes', *args)
   call = machine.calls('kubectl')[-1]
@@ -521,14 +531,15 @@ def test_kubernetes_tpus_find_each_other(machine):
 
 
 def test_kubernetes_sweep_is_an_indexed_job(machine):
-  found = manifest(machine, '--sweep', '3', '--restarts', '4')
+  folder = ['--workdir', '/data/$(JOB_COMPLETION_INDEX)']
+  found = manifest(machine, '--sweep', '3', '--restarts', '4', train=folder)
   assert (found['apiVersion'], found['kind']) == ('batch/v1', 'Job')
   job = found['spec']
   assert job['completionMode'] == 'Indexed'
   assert job['completions'] == job['parallelism'] == 3
   assert job['backoffLimitPerIndex'] == 4
   assert job['podFailurePolicy']['rules'][0]['action'] == 'FailIndex'
-  assert container_of(job)['args'] == TRAIN
+  assert container_of(job)['args'] == [*TRAIN, *folder]
 
 
 def test_kubernetes_refuses_line_breaks(machine):
