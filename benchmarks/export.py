@@ -31,6 +31,7 @@ from djpq_jax import export
 from djpq_jax import harden
 from djpq_jax import integer
 from djpq_jax import models
+from djpq_jax.checkpoint import contents
 from djpq_jax.checkpoint import index
 from djpq_jax.checkpoint import manifest as manifest_lib
 
@@ -91,8 +92,8 @@ def sizes(folder: pathlib.Path) -> dict:
   for text in index.read(folder)['arrays'].values():
     dtype, shape = manifest_lib.read_spec(text)
     size = int(np.prod(shape))
-    if dtype.startswith(checkpoint.PACKED):
-      integers += size * int(dtype.removeprefix(f'{checkpoint.PACKED} int')) / 8
+    if dtype.startswith(contents.PACKED):
+      integers += size * int(dtype.removeprefix(f'{contents.PACKED} int')) / 8
     else:
       floats += size * np.dtype(dtype).itemsize
   disk = checkpoint.size_bytes(folder)

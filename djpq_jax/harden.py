@@ -2,9 +2,10 @@
 
 A hardened model is called like the original.  Channels are gone, each kernel
 is an integer array with a step, each input has a fixed grid; gates that are
-left are per-channel scales, and batch norm keeps its own.  Called as it is,
-it multiplies the steps in first and computes in float32; `integer.lower` makes
-it run on the integers themselves, with exact sums.
+left are per-channel scales, and batch norm is a factor and a summand for each
+channel.  Called as it is, it multiplies the steps in first and computes in
+float32; `integer.lower` makes it run on the integers themselves, with exact
+sums.
 """
 
 import dataclasses
@@ -121,6 +122,9 @@ def harden(model: compress.Compressed) -> HardenedModel:
   for hook in compress.hooks(hardened):
     if hook.operands.weight is not None:
       _settle(hook)
+  for _, module in nnx.iter_modules(hardened):
+    if isinstance(module, nnx.BatchNorm):
+      _settle_norm(module)
   return hardened
 
 
@@ -133,6 +137,37 @@ def _settle(hook: compress.Hook):
   hook.operands.weight = nnx.data(Dequantizer(weight.grid()[0]))
   step, clip, _ = act.grid()
   hook.operands.act = nnx.data(FixedQuantizer(step, clip, signed=act.signed))
+
+
+def _settle_norm(norm: nnx.BatchNorm) -> None:
+  """Moves the statistics of a batch norm into its scale and bias.
+
+  Its mean is 0 then and its variance 1, so that what it computes is one product
+  and one sum: the same everywhere, where square roots are not.
+  """
+  if norm.scale is None or norm.bias is None:
+    return  # nowhere to put them
+  mean, var, scale, bias = (
+    np.asarray(v[...], np.float64)
+    for v in (norm.mean, norm.var, norm.scale, norm.bias)
+  )
+  factor = scale / np.sqrt(var + norm.epsilon)
+  for variable, value in (
+    (norm.scale, factor),
+    (norm.bias, bias - mean * factor),
+    (norm.mean, np.zeros_like(mean)),
+    (norm.var, np.full_like(var, _rest_of_one(norm.epsilon))),
+  ):
+    variable.set_value(jnp.asarray(value, variable.get_value().dtype))
+
+
+def _rest_of_one(epsilon: float) -> np.float32:
+  """The float32 that is exactly 1 once epsilon is added in float32."""
+  one, added = np.float32(1), np.float32(epsilon)
+  rest = one - added
+  while rest + added != one:
+    rest = np.nextafter(rest, one if rest + added < one else np.float32(0))
+  return rest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ TABLE = (
   Row('packages taps machine', '', ''),
   # etils reaches object stores as orbax does.
   Row('files', 'packages', 'etils'),
-  Row('stablehlo', '', 'jax'),
+  Row('stablehlo calls', '', 'jax'),
   Row('ops', '', 'jax'),
   Row('cost', '', 'jax'),
   Row('config', '', 'ml_collections'),
@@ -49,14 +49,14 @@ TABLE = (
   ),
   Row('models', '', 'jax numpy flax.nnx safetensors'),
   Row('parallel', '', 'jax numpy flax.nnx'),
-  Row('graph', '', 'jax numpy flax.nnx'),
+  Row('graph', 'calls', 'jax numpy flax.nnx'),
   Row('layers', 'ops cost taps', 'jax numpy flax.nnx'),
   Row('compress', 'ops cost graph layers', 'jax numpy flax.nnx'),
   Row(ALLOCATION, 'ops cost layers compress', 'jax numpy optax flax.nnx'),
   Row('harden', 'ops cost graph layers compress', 'jax numpy flax.nnx'),
   Row(
     'integer',
-    'ops cost graph layers compress harden taps',
+    'ops cost graph layers compress harden taps calls',
     'jax numpy flax.nnx',
   ),
   # Rebuilds a hardened model from a file, with what harden built it from.
@@ -77,7 +77,8 @@ TABLE = (
   # It runs the model and the file, so it stands after evaluation.
   Row(
     'export',
-    'ops compress harden integer evaluation packages files machine stablehlo',
+    'ops compress harden integer evaluation packages files machine stablehlo '
+    'calls',
     'jax numpy flax.nnx',
   ),
   Row('train', 'ABOVE', 'jax numpy optax flax.nnx chex orbax'),

@@ -28,10 +28,10 @@ def add_command(commands) -> None:
   command.add_argument(
     '--form',
     choices=export.FORMS,
-    default='qdq',
-    help='of ONNX: QuantizeLinear and DequantizeLinear around each layer, for '
-    'runtimes to fuse (default); the same with float sums of whole numbers '
-    'where fusing would round elsewhere; or integer operators',
+    default=export.FORMS[0],
+    help='of ONNX: QuantizeLinear and DequantizeLinear around each layer, with '
+    'integer layers where these round as the model does (default), or wherever '
+    'runtimes can fuse them; or integer operators',
   )
   command.add_argument(
     '--images', type=int, default=1000, help='test images to check it on'
@@ -81,7 +81,7 @@ def _run(args) -> None:
     _print_export(result, name)
   fault = found.fault(strict=args.strict)
   if fault and not args.allow_deviation:
-    more = '; --form exact has exact sums' * (
+    more = '; --form exact rounds as the model does' * (
       args.format == 'onnx' and args.form == 'qdq'
     )
     raise ValueError(

@@ -57,7 +57,7 @@ def export(
   *,
   format: str,
   batch: int | None = None,
-  form: str = 'qdq',
+  form: str = 'exact',
   facts: Mapping[str, Any] | None = None,
 ) -> Result:
   """Writes a hardened model, reads the file back and compares.
@@ -72,10 +72,10 @@ def export(
     images: to compare on, float32 [N, H, W, C], prepared as for the model.
     format: 'onnx' or 'stablehlo'.
     batch: examples of a call, or None for any number.
-    form: of ONNX: 'qdq' has pairs of QuantizeLinear and DequantizeLinear,
-      which runtimes fuse into integer layers; 'exact' is alike, with float
-      sums of whole numbers where an integer layer would round elsewhere;
-      'integer' has ConvInteger and MatMulInteger, whose sums are exact.
+    form: of ONNX: 'exact' has pairs of QuantizeLinear and DequantizeLinear,
+      which runtimes fuse into integer layers where that rounds all alike, and
+      else sums of whole numbers in float; 'qdq' has integer layers wherever
+      they can be, and deviates; 'integer' has ConvInteger and MatMulInteger.
     facts: JSON-ready, written into the file or beside it.
 
   Returns:

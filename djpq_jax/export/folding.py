@@ -3,10 +3,12 @@
 ONNX Runtime makes one integer operator of DequantizeLinear, Conv, Relu,
 QuantizeLinear where nothing stands between them.  Batch norm and what gates
 have left are such things: both are a factor and a summand per channel, which
-go into the scales of the kernel and into the bias.  All that is done here
-holds in real arithmetic; in float32 the last bit may differ.
+go into the scales of the kernel and into the bias.  That holds in real
+arithmetic, while in float32 the last bit may differ; so it is done where no
+level of the next grid then begins at another sum, or where it is asked for.
 """
 
+import dataclasses
 import math
 
 import numpy as np
@@ -17,13 +19,12 @@ from djpq_jax.export import sums
 AFFINE = ('Add', 'Sub', 'Mul', 'Div')
 
 
-def simplify(graph: nodes.Graph, *, exact: bool = False) -> None:
+def simplify(graph: nodes.Graph, form: str) -> None:
   """Does all of it, in place.
 
   Args:
     graph: to change.
-    exact: whether each layer runs in float that could not be an integer one
-      without moving a sum to another level.
+    form: see `export`; but for 'qdq' no result changes in its last bit.
   """
   graph.prune()
   while any(_hoisted(graph, node) for node in list(graph.nodes)):
@@ -31,11 +32,30 @@ def simplify(graph: nodes.Graph, *, exact: bool = False) -> None:
   for node in list(graph.nodes):
     if node.op == 'QuantizeLinear':
       _clip_integers(graph, node)
-  for node in list(graph.nodes):
-    if node.op in ('Conv', 'MatMul', 'Mul') and node in graph.nodes:
-      _fold(graph, node)
-  sums.settle(graph, 1.0 if exact else sums.MOST_IN_FLOAT)
+  if form == 'qdq':
+    for node in list(graph.nodes):
+      if node.op in ('Conv', 'MatMul') and node in graph.nodes:
+        _fold(graph, node)
+    sums.settle(graph)
+  elif form == 'exact':
+    for node in list(graph.nodes):
+      if node.op in ('Conv', 'MatMul') and sums.is_quantized(graph, node):
+        _settle_exactly(graph, node)
   graph.prune()
+
+
+def _settle_exactly(graph: nodes.Graph, node: nodes.Node) -> None:
+  """Makes a product an integer layer if that rounds all results alike."""
+  found = chain(graph, node)
+  grid = sums.next_grid(graph, found.last)
+  flat = node.op == 'Conv' or len(graph.dims[node.output]) == 2
+  if grid is not None and flat and np.all(found.factor != 0):
+    bias = sums.exact_bias(graph, node, found, grid)
+    if bias is not None:
+      _carry_out(graph, node, found)
+      sums.give_bias(graph, node, bias)
+      return
+  sums.exact_sums(graph, node)
 
 
 def _constant_operand(graph, node):
@@ -90,6 +110,8 @@ def _before(graph, above, factor):
     if above.op == 'MaxPool' and not _per_channel(factor, len(shape)):
       return None
     return factor
+  if above.op in ('Transpose', 'Reshape') and factor.size == 1:
+    return factor.reshape(())
   if above.op == 'Transpose' and factor.ndim == len(shape):
     return np.transpose(factor, np.argsort(above.attributes['perm']))
   if above.op == 'Reshape' and factor.ndim:
@@ -178,17 +200,28 @@ def _clip_integers(graph: nodes.Graph, quantize: nodes.Node) -> None:
     ]
 
 
-def _fold(graph: nodes.Graph, node: nodes.Node) -> None:
-  """Puts the factors and summands after a convolution into it."""
-  if node.op == 'Conv' and len(node.inputs) > 2:
-    return
+@dataclasses.dataclass(frozen=True)
+class Chain:
+  """Factors and summands per channel between a product and what follows.
+
+  Attributes:
+    last: the last node of them, or the product.
+    steps: (ONNX name, float32 [channels] or [1], whether that comes first).
+    factor: of all together, float64 [channels] or [1].
+    summand: likewise.
+  """
+
+  last: nodes.Node
+  steps: tuple[tuple[str, np.ndarray, bool], ...]
+  factor: np.ndarray
+  summand: np.ndarray
+
+
+def chain(graph: nodes.Graph, node: nodes.Node) -> Chain:
+  """What follows a product."""
   rank = len(graph.dims[node.output])
-  if node.op == 'MatMul' and (rank != 2 or not sums.is_quantized(graph, node)):
-    return
-  if node.op == 'Mul' and not _scales_sums(graph, node):
-    return
-  factor, summand = np.float64(1), np.float64(0)
-  last = node
+  factor, summand = np.ones(1), np.zeros(1)
+  last, steps = node, []
   while (below := graph.only_consumer(last.output)) is not None:
     if below.op not in AFFINE:
       break
@@ -197,6 +230,7 @@ def _fold(graph: nodes.Graph, node: nodes.Node) -> None:
       break
     if below.op == 'Div' and at == 0:
       break
+    steps.append((below.op, array.reshape(-1), at == 0))
     array = array.astype(np.float64).reshape(-1)
     if below.op in ('Mul', 'Div'):
       array = array if below.op == 'Mul' else 1 / array
@@ -208,37 +242,28 @@ def _fold(graph: nodes.Graph, node: nodes.Node) -> None:
     else:
       factor, summand = -factor, array - summand
     last = below
-  if last is node:
+  return Chain(last, tuple(steps), factor, summand)
+
+
+def _fold(graph: nodes.Graph, node: nodes.Node) -> None:
+  """Puts the factors and summands after a product into it."""
+  if node.op == 'Conv' and len(node.inputs) > 2:
     return
-  while (below := graph.only_consumer(node.output)) is not None:
+  rank = len(graph.dims[node.output])
+  if node.op == 'MatMul' and (rank != 2 or not sums.is_quantized(graph, node)):
+    return
+  found = chain(graph, node)
+  if found.last is not node:
+    _carry_out(graph, node, found)
+
+
+def _carry_out(graph: nodes.Graph, node: nodes.Node, found: Chain) -> None:
+  """Takes what follows a product out, and puts it into the product."""
+  for _ in found.steps:
+    below = graph.only_consumer(node.output)
+    assert below is not None
     graph.remove(below, node.output)
-    if below is last:
-      break
-  if node.op == 'Mul':
-    _rewrite_scaling(graph, node, factor, summand, rank)
-  else:
-    _rewrite(graph, node, factor, summand)
-
-
-def _scales_sums(graph, node) -> bool:
-  above = graph.producer(node.inputs[0])
-  if above is None or above.op != 'Cast':
-    return False
-  above = graph.producer(above.inputs[0])
-  return above is not None and above.op == 'ConvInteger'
-
-
-def _rewrite_scaling(graph, node, factor, summand, rank) -> None:
-  """Of integer sums: one product, one sum."""
-  scale = graph.constants[node.inputs[1]]
-  shape = [1, -1, *[1] * (rank - 2)]
-  new = scale.astype(np.float64) * np.reshape(
-    factor, shape if np.ndim(factor) else ()
-  )
-  node.inputs[1] = graph.constant(new.astype(np.float32), f'{node.layer}/scale')
-  if np.any(summand):
-    array = np.reshape(summand, shape).astype(np.float32)
-    graph.add_after(node, 'Add', array, f'{node.layer}/bias')
+  _rewrite(graph, node, found.factor, found.summand)
 
 
 def _rewrite(graph, conv, factor, summand) -> None:

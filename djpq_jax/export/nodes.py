@@ -91,12 +91,17 @@ class Graph:
 
   def add_after(self, node: Node, op: str, array, stem: str) -> Node:
     """Puts `op` with a constant between a node and all that read it."""
-    name = self.constant(array, stem)
+    added = self.insert_after(node, op)
+    added.inputs.append(self.constant(array, stem))
+    return added
+
+  def insert_after(self, node: Node, op: str, **attributes) -> Node:
+    """Puts `op` between a node and all that read it."""
     output = self.name(f'{node.layer}/{op}')
-    added = Node(op, [node.output, name], output, {}, node.layer)
+    added = Node(op, [], output, attributes, node.layer)
     self.dims[output] = self.dims[node.output]
     self.redirect(node.output, output)
-    added.inputs[0] = node.output
+    added.inputs.append(node.output)
     self.nodes.insert(self.nodes.index(node) + 1, added)
     return added
 

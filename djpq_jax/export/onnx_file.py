@@ -20,7 +20,7 @@ from djpq_jax.export import translate
 OPSET = 13  # the first one with scales per channel
 IR_VERSION = 8  # what ONNX Runtime 1.10 and later read
 INPUT, OUTPUT = 'images', 'logits'
-FORMS = ('qdq', 'exact', 'integer')
+FORMS = ('exact', 'qdq', 'integer')
 
 
 _require = functools.partial(packages.require, extra='onnx', use='ONNX files')
@@ -30,7 +30,7 @@ def translated(
   model: harden.HardenedModel,
   input_shape,
   batch: int | None = None,
-  form: str = 'qdq',
+  form: str = 'exact',
 ) -> tuple[nodes.Graph, dict[str, str]]:
   """A hardened model as a graph of ONNX nodes.
 
@@ -42,7 +42,7 @@ def translated(
   program = program_lib.trace(model, input_shape, batch)
   translator = translate.Translator(program, rules.RULES, form)
   graph = translator.run(INPUT, OUTPUT)
-  folding.simplify(graph, exact=form == 'exact')
+  folding.simplify(graph, form)
   return graph, translator.float_layers
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from djpq_jax import compress
 from djpq_jax import harden
 from djpq_jax import stablehlo
+from djpq_jax.integer import reproducible
 from djpq_jax.ops import quantize
 
 input_p = jex_core.Primitive('djpq_input')
@@ -119,7 +120,7 @@ def trace(
       operands.weight = nnx.data(_Marker(kernel_p, path))
   x = jax.ShapeDtypeStruct(shape(input_shape, batch), jnp.float32)
   try:
-    jaxpr = jax.make_jaxpr(lambda x: marked(x))(x)
+    jaxpr = jax.make_jaxpr(reproducible.reproducible(marked))(x)
   except Exception as error:
     open_batch = ' with an open batch; a fixed one may do' * (batch is None)
     first = (str(error).splitlines() or [''])[0]

@@ -30,7 +30,6 @@ UNARY = {
 BINARY = {
   'add': 'Add',
   'add_any': 'Add',
-  'sub': 'Sub',
   'mul': 'Mul',
   'div': 'Div',
   'max': 'Max',
@@ -157,6 +156,14 @@ def _binary(op: str):
   return rule
 
 
+def _sub(t, eqn, values):
+  """A batch norm of a hardened model has no mean left to take off."""
+  x, other = values
+  if isinstance(x, Tensor) and _is(other, 0):
+    return x
+  return _binary('Sub')(t, eqn, values)
+
+
 def _max(t, eqn, values):
   for x, other in (values, values[::-1]):
     if isinstance(x, Tensor) and _is(other, 0):
@@ -168,6 +175,8 @@ def _min(t, eqn, values):
   """Smaller than a number is a Clip, which relu6 is made of."""
   for x, other in (values, values[::-1]):
     top = _scalar(other)
+    if isinstance(x, Tensor) and top == np.finfo(np.float32).max:
+      return x  # of `reproducible.guarded`: ONNX fuses no products
     if isinstance(x, Tensor) and top is not None:
       return _clip(t, x, None, top)
   return _binary('Min')(t, eqn, values)
@@ -420,6 +429,7 @@ def _table() -> dict[str, Callable]:
   ):
     table[name] = _same
   table |= {
+    'sub': _sub,
     'max': _max,
     'min': _min,
     'ne': _not_equal,

@@ -3,6 +3,8 @@
 ONNX Runtime's integer layers take a bias in whole steps of their sums.  Where
 no such bias leaves every level of the next grid where it begins, or where no
 grid follows, a layer can run in float instead, on sums of whole numbers.
+`exact_bias` and `exact_sums` keep each bit of the model's results; `settle`
+prefers integer layers.
 """
 
 import dataclasses
@@ -14,6 +16,13 @@ from djpq_jax.export import nodes
 
 MOST_IN_FLOAT = 0.25  # of the layers that could be integer ones
 MARGIN = 1e-4  # of a step of the sums
+# How far a runtime's float32 may be off where it scales a sum.
+ROUNDING = 4 * 2.0**-24
+EXACT_IN_FLOAT = 2**24  # whole numbers below it
+LARGEST_BIAS = 2**30  # it is int32, as the sums that it is added to
+
+Grid = tuple[float, int, int]  # its step, its lowest and its highest level
+
 # By how many halves of a sum the outermost level is moved; the finer and wider
 # ones for channels that the others leave with a level elsewhere.
 _STRETCHES = [
@@ -24,7 +33,7 @@ _STRETCHES = [
 _PASSED = ('Relu', 'MaxPool', 'Reshape', 'Transpose')
 
 
-def settle(graph: nodes.Graph, most_in_float: float) -> None:
+def settle(graph: nodes.Graph) -> None:
   """Prepares each product to be an integer one, or an exact one in float.
 
   A convolution can be an integer one where its result is quantized next.  Few
@@ -36,17 +45,18 @@ def settle(graph: nodes.Graph, most_in_float: float) -> None:
   for node in list(graph.nodes):
     if node.op not in ('Conv', 'Gemm') or not is_quantized(graph, node):
       continue
-    if node.op == 'Conv' and _next_grid(graph, node) is None:
+    if node.op == 'Conv' and next_grid(graph, node) is None:
       floating.append(node)
     else:
       integer[node.output] = node, _whole_bias(graph, node)
   inexact = [name for name, (_, bias) in integer.items() if bias.elsewhere]
-  if len(inexact) <= most_in_float * len(integer):
+  if len(inexact) <= MOST_IN_FLOAT * len(integer):
     floating += [integer.pop(name)[0] for name in inexact]
   for node in floating:
-    _exact_sums(graph, node)
+    exact_sums(graph, node)
   for node, bias in integer.values():
-    _give_bias(graph, node, bias)
+    if np.all(np.abs(bias.whole) < LARGEST_BIAS):
+      give_bias(graph, node, bias)
 
 
 def is_quantized(graph, node) -> bool:
@@ -70,36 +80,60 @@ def _kernel(graph, node, weights):
   return integers, np.broadcast_to(scale, (integers.shape[axis],)), axis
 
 
-def _exact_sums(graph: nodes.Graph, conv: nodes.Node) -> None:
-  """Takes the steps out of a convolution that runs in float.
+def exact_sums(graph: nodes.Graph, node: nodes.Node) -> None:
+  """Takes the steps out of a product, which then runs in float.
 
   Its sums are then those of whole numbers, which float32 adds up exactly, in
   whatever order; the steps come after them.  Sums of rounded products would
-  move some activations of the next layers to another level.
+  move some activations of the next layers to another level.  Where float32
+  cannot hold the sums, the product is one of integers.
   """
-  inputs, weights = _operands(graph, conv)
-  if graph.only_consumer(inputs.output) is not conv:
-    return
-  step, scale = (graph.constants[n.inputs[1]] for n in (inputs, weights))
-  shape = [1, -1, *[1] * (len(graph.dims[conv.output]) - 2)]
-  one = graph.constant(np.float32(1), 'one')
-  zero = graph.constant(np.array(0, np.int8), 'zero')
-  inputs.inputs = [inputs.inputs[0], one, inputs.inputs[2]]
-  weights.inputs = [weights.inputs[0], one, zero]
-  weights.attributes = {}
-  layer = conv.layer
-  factor = (scale.astype(np.float64) * step).astype(np.float32)
-  after = [('Mul', factor.reshape(shape))]
-  if len(conv.inputs) > 2:
-    bias = graph.constants[conv.inputs.pop()]
-    after.append(('Add', bias.reshape(shape)))
-  last = conv
+  inputs, weights = _operands(graph, node)
+  integers, scale, axis = _kernel(graph, node, weights)
+  step, zero = (graph.constants[i] for i in inputs.inputs[1:])
+  rank = len(graph.dims[node.output])
+  shape = [1, -1, *[1] * (rank - 2)] if axis == 0 else [-1]
+  after = [('Mul', (scale * np.float32(step)).reshape(shape))]
+  if len(node.inputs) > 2:
+    after.append(('Add', graph.constants[node.inputs.pop()].reshape(shape)))
+  layer = node.layer
+  last = node
+  flat = np.moveaxis(np.abs(integers.astype(np.int64)), axis, 0)
+  most = flat.reshape(len(flat), -1).sum(axis=1).max(initial=0)
+  if most * _largest_input(graph, inputs)[0] < EXACT_IN_FLOAT:
+    one = graph.constant(np.float32(1), 'one')
+    node.inputs = [
+      _whole(graph, node, [inputs.inputs[0], one, inputs.inputs[2]]),
+      _whole(graph, node, [weights.inputs[0], one, _zero(graph)]),
+    ]
+    node.op = 'Conv' if axis == 0 else 'MatMul'
+  else:
+    node.op = 'ConvInteger' if axis == 0 else 'MatMulInteger'
+    node.inputs = [
+      inputs.inputs[0],
+      weights.inputs[0],
+      graph.constant(zero, f'{layer}/zero'),
+    ]
+    last = graph.insert_after(node, 'Cast', to=1)
   for op, array in after:
     last = graph.add_after(last, op, array, f'{layer}/{op}')
 
 
+def _zero(graph) -> str:
+  return graph.constant(np.array(0, np.int8), 'zero')
+
+
+def _whole(graph, node, names) -> str:
+  """A DequantizeLinear of its own for a product; the name of its output."""
+  name = graph.name(f'{node.layer}/DequantizeLinear')
+  made = nodes.Node('DequantizeLinear', names, name, {}, node.layer)
+  graph.dims[name] = graph.dims[names[0]]
+  graph.nodes.insert(graph.nodes.index(node), made)
+  return name
+
+
 @dataclasses.dataclass(frozen=True)
-class _Bias:
+class Bias:
   """A bias in whole steps of the sums, each [channels] of an output.
 
   Attributes:
@@ -116,38 +150,137 @@ class _Bias:
   elsewhere: int
 
 
-def _whole_bias(graph: nodes.Graph, node: nodes.Node) -> _Bias:
+def _whole_bias(graph: nodes.Graph, node: nodes.Node) -> Bias:
   """A bias in whole steps of the sums: ONNX Runtime takes no other.
 
   The kernel's integers are made as large as they can be and its steps as
   small, so that a step of the sums is small; and where a whole number leaves
   all results as they are, it is taken.
   """
-  grid = _next_grid(graph, node)
-  inputs, weights = _operands(graph, node)
-  integers, scale, axis = _kernel(graph, node, weights)
-  channels = len(scale)
-  flat = np.moveaxis(integers, axis, 0).reshape(channels, -1)
-  flat = np.abs(flat.astype(np.int64))
-  step = float(graph.constants[inputs.inputs[1]])
-  top, signed = _largest_input(graph, inputs)
-  bias = np.zeros(channels)
+  grid = next_grid(graph, node)
+  product = _product(graph, node)
+  bias = np.zeros(len(product.scale))
   if len(node.inputs) > 2:
     bias = graph.constants[node.inputs[2]].astype(np.float64)
-  unit = scale.astype(np.float64) * step  # of the sums, before they get finer
-  begins = np.zeros((channels, 0))
+  unit = product.scale.astype(np.float64) * product.step
+  begins = np.zeros((len(bias), 0))
   if grid is not None:
-    begins = _level_begins(bias, unit, flat.sum(axis=1) * top, *grid)
+    begins = _level_begins(bias, unit, product.reach, *grid)
+  bias = bias / unit
+  return _whole_steps(
+    bias, begins + bias[:, None], np.ceil(begins), product.most
+  )
+
+
+def exact_bias(
+  graph: nodes.Graph, node: nodes.Node, chain, grid: Grid
+) -> Bias | None:
+  """A bias that leaves each result of a product at its level.
+
+  Args:
+    graph: where all of it is.
+    node: the product.
+    chain: what follows it, from `folding.chain`.
+    grid: that comes next, from `next_grid`.
+
+  Returns:
+    The bias of the product that has taken `chain` into it; None if there is no
+    such one.
+  """
+  step, lowest, highest = grid
+  product = _product(graph, node)
+  channels = len(product.scale)
+  factor, summand = (
+    np.broadcast_to(a, (channels,)) for a in (chain.factor, chain.summand)
+  )
+  # Where a factor is negative, the kernel will be.
+  sign = np.sign(factor).astype(np.float32)
+  scale = product.scale * np.float32(product.step)
+
+  def level(totals):
+    y = sign[:, None] * totals.astype(np.float32) * scale[:, None]
+    for op, array, first in chain.steps:
+      column = np.broadcast_to(array, (channels,))[:, None]
+      y = _FLOAT32[op](*((column, y) if first else (y, column)))
+    return np.round(y / np.float32(step))
+
+  levels = np.arange(lowest + 1, highest + 1)
+  ends = _first_sums(level, levels, product.reach)
+  folded = np.abs(product.scale * factor).astype(np.float32)
+  unit = folded.astype(np.float64) * product.step
+  if np.any(unit == 0):
+    return None
+  base = (levels - 0.5) * step / unit[:, None]
+  base[np.isnan(ends)] = np.nan
+  found = _whole_steps(summand / unit, base, ends, product.most)
+  if found.elsewhere or np.any(np.abs(found.whole) >= LARGEST_BIAS):
+    return None
+  return found
+
+
+_FLOAT32 = {
+  'Add': np.add,
+  'Sub': np.subtract,
+  'Mul': np.multiply,
+  'Div': np.divide,
+}
+
+
+def _first_sums(level, levels, reach) -> np.ndarray:
+  """The smallest sum at which each level is reached.
+
+  Args:
+    level: from sums [channels, ...] to levels, increasing.
+    levels: [L].
+    reach: the largest magnitude of a sum, [channels].
+
+  Returns:
+    float64 [channels, L]; nan where a level begins at no sum that there is.
+  """
+  ends = np.broadcast_to(np.rint(reach)[:, None], (len(reach), len(levels)))
+  low, high = -ends - 1, ends + 1
+  while np.any(high - low > 1):
+    middle = np.floor((low + high) / 2)
+    above = level(middle) >= levels
+    low, high = np.where(above, low, middle), np.where(above, middle, high)
+  return np.where((high > ends) | (high <= -ends), np.nan, high)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+  """What is known of a quantized product.
+
+  Attributes:
+    scale: steps of its kernel, float32 [channels].
+    step: of its input.
+    reach: the largest magnitude of a sum, [channels].
+    most: how many times finer the sums can get, [channels].
+  """
+
+  scale: np.ndarray
+  step: float
+  reach: np.ndarray
+  most: np.ndarray
+
+
+def _product(graph, node) -> _Product:
+  inputs, weights = _operands(graph, node)
+  integers, scale, axis = _kernel(graph, node, weights)
+  flat = np.moveaxis(integers, axis, 0).reshape(len(scale), -1)
+  flat = np.abs(flat.astype(np.int64))
+  top, signed = _largest_input(graph, inputs)
   # Processors without 8-bit dot products add pairs of products in 16 bits.
   most = min(127, 2**15 // (2 * (255 if signed else top)))
-  most = np.maximum(1, most // np.maximum(1, flat.max(axis=1)))
-  return _whole_steps(bias / unit, begins, most)
+  return _Product(
+    scale,
+    float(graph.constants[inputs.inputs[1]]),
+    flat.sum(axis=1) * top,
+    np.maximum(1, most // np.maximum(1, flat.max(axis=1))),
+  )
 
 
-def _give_bias(graph: nodes.Graph, node: nodes.Node, bias: _Bias) -> None:
-  """Carries out what `_whole_bias` found."""
-  if np.any(np.abs(bias.whole) >= 2**30):
-    return  # of a channel of tiny weights: no int32, so it stays as it is
+def give_bias(graph: nodes.Graph, node: nodes.Node, bias: Bias) -> None:
+  """Gives a product a bias that was found for it."""
   inputs, weights = _operands(graph, node)
   integers, scale, axis = _kernel(graph, node, weights)
   channels = len(scale)
@@ -174,7 +307,7 @@ def _give_bias(graph: nodes.Graph, node: nodes.Node, bias: _Bias) -> None:
   node.inputs[2:] = [name]
 
 
-def _whole_steps(bias, begins, most) -> _Bias:
+def _whole_steps(bias, base, ends, most) -> Bias:
   """Picks finer steps for the sums, and the bias as a whole number of these.
 
   Steps and bias may move by what takes no sum to another level.  Of all that
@@ -183,16 +316,19 @@ def _whole_steps(bias, begins, most) -> _Bias:
 
   Args:
     bias: in steps of the sums as they are, [channels].
-    begins: from `_level_begins`.
+    base: where each level of the next grid begins in sums that have the bias
+      in them, [channels, L]; nan where that does not matter.
+    ends: the first sum, whole and without the bias, that is to reach it.
     most: how many times finer the sums can get, [channels].
   """
   finer, wider = most.copy(), np.ones_like(bias)
   whole = np.round(most * bias)
-  if not begins.shape[1]:
-    return _Bias(finer, wider, whole, 0)
-  ends = np.ceil(begins)
+  if not base.shape[1]:
+    return Bias(finer, wider, whole, 0)
   # So much wider moves the outermost level by half a sum.
-  reach = np.nanmax(np.abs(begins + bias[:, None]), axis=1, initial=1.0)
+  reach = np.nanmax(np.abs(base), axis=1, initial=1.0)
+  # Not just inside: float32 has to see it too.
+  margin = MARGIN + ROUNDING * np.abs(base)
   fewest = np.full(len(bias), np.inf)
   for stretches in _STRETCHES:
     for factor, stretch in itertools.product(
@@ -203,7 +339,7 @@ def _whole_steps(bias, begins, most) -> _Bias:
         continue
       width = 1 + stretch / 2 / reach[todo]
       # The bias that puts a level's begin at the sum at which it is.
-      room = (begins + bias[:, None])[todo] / width[:, None] - ends[todo]
+      room = base[todo] / width[:, None] - ends[todo]
       low = np.nanmax(room, axis=1, initial=-np.inf)
       high = np.nanmin(room, axis=1, initial=np.inf) + 1
       met = np.isfinite(low)  # else no sum comes near a level's begin
@@ -211,13 +347,13 @@ def _whole_steps(bias, begins, most) -> _Bias:
       middle[met] = (low[met] + high[met]) / 2
       tried = np.round(factor * middle)
       moved = room - (tried / factor)[:, None]
-      # Not just inside: float32 has to see it too.
-      elsewhere = ((moved <= -1 + MARGIN) | (moved > -MARGIN)).sum(axis=1)
+      near = margin[todo]
+      elsewhere = ((moved <= -1 + near) | (moved > -near)).sum(axis=1)
       better = elsewhere < fewest[todo]
       at = todo[better]
       finer[at], wider[at], whole[at] = factor, width[better], tried[better]
       fewest[at] = elsewhere[better]
-  return _Bias(finer, wider, whole, int(fewest.sum()))
+  return Bias(finer, wider, whole, int(fewest.sum()))
 
 
 def _level_begins(bias, unit, reach, step, lowest, highest):
@@ -243,7 +379,7 @@ def _level_begins(bias, unit, reach, step, lowest, highest):
   return np.where(np.abs(at) <= reach[:, None] + 1, at, np.nan)
 
 
-def _next_grid(graph, node):
+def next_grid(graph, node) -> Grid | None:
   """(step, lowest, highest level) of the grid that a result goes to next."""
   below = graph.only_consumer(node.output)
   while below is not None and below.op in _PASSED:

@@ -15,6 +15,7 @@ import jax
 from jax.extend import core as jex_core
 import numpy as np
 
+from djpq_jax import calls
 from djpq_jax.export import nodes
 from djpq_jax.export import program as program_lib
 
@@ -57,10 +58,6 @@ class Tensor:
 
 Value = Constant | Kernel | Tensor
 Rule = Callable[..., Value | list[Value]]
-
-INLINED = {'jit', 'pjit', 'closed_call', 'core_call', 'remat', 'remat2'}
-INLINED |= {'checkpoint', 'custom_jvp_call', 'custom_vjp_call'}
-INLINED |= {'custom_vjp_call_jaxpr', 'custom_lin', 'xla_call'}
 
 
 class Translator:
@@ -122,10 +119,9 @@ class Translator:
 
   def _equation(self, eqn, values: list[Value]) -> list[Value]:
     name = eqn.primitive.name
-    if name in INLINED or eqn.primitive.call_primitive:
-      (inner, *_) = jex_core.jaxprs_in_params(eqn.params)
-      consts = getattr(eqn.params.get('jaxpr'), 'consts', ())
-      consts = consts or getattr(eqn.params.get('call_jaxpr'), 'consts', ())
+    called = calls.inner(eqn)
+    if called is not None:
+      inner, consts = called
       known = [Constant(np.asarray(c)) for c in consts]
       return self._call(inner, known, values)
     if name not in self.rules and not all(

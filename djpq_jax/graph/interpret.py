@@ -8,17 +8,13 @@ from jax.extend import core as jex_core
 import jax.numpy as jnp
 import numpy as np
 
+from djpq_jax import calls
 from djpq_jax.graph import arrays
 from djpq_jax.graph import labels
 from djpq_jax.graph import layout
 from djpq_jax.graph import products
 from djpq_jax.graph import units as units_lib
 
-CALLS = frozenset(
-  """call checkpoint closed_call composite core_call custom_jvp_call
-  custom_vjp_call custom_vjp_call_jaxpr eval_jaxpr jit pjit remat
-  remat2""".split()
-)
 CONSTANT = 'combined with a constant array of fixed size'
 BARE = 'combined with an array of the model that is no float Variable'
 
@@ -86,7 +82,7 @@ class Interpreter:
       return products.dot_general(self.ledger, eqn, operands, repeat)
     if name == 'conv_general_dilated':
       return products.conv_general_dilated(self.ledger, eqn, operands, repeat)
-    if name in CALLS:
+    if name in calls.PRIMITIVES:
       inner = eqn.params.get('call_jaxpr', eqn.params.get('jaxpr'))
       return self.run(inner, operands, repeat)
     if name in ('scan', 'while', 'cond'):

@@ -12,6 +12,7 @@ from djpq_jax import harden
 from djpq_jax import layers
 from djpq_jax.integer import planning
 from djpq_jax.integer import products
+from djpq_jax.integer import reproducible
 
 EXECUTIONS = ('simulated', 'float', 'int8')
 
@@ -57,13 +58,21 @@ class IntegerOperands(layers.Operands):
     return levels, weights, bias
 
 
-def lower(
-  model: harden.HardenedModel, execution: str = 'int8'
-) -> harden.HardenedModel:
+class IntegerModel(harden.HardenedModel):
+  """A hardened model on its integers, all else in one reproducible order."""
+
+  def __call__(self, *args, **kwargs):
+    """Calls the model; see `HardenedModel`."""
+    call = reproducible.reproducible(super().__call__)
+    return call(*args, **kwargs)
+
+
+def lower(model: harden.HardenedModel, execution: str = 'int8') -> IntegerModel:
   """Makes a hardened model run on its integers.
 
-  Between layers the model is as it was, in float32: batch norm, activations,
-  residual adds and pooling.
+  Between layers the model computes in float32: batch norm, activations,
+  residual adds and pooling.  Each operation is rounded by itself and sums have
+  an order, so that another runtime can have the same bits.
 
   Args:
     model: from `harden.harden` or `checkpoint.load`; it is left as it is.
@@ -85,11 +94,11 @@ def lower(
     )
   if plans(model):
     raise ValueError('the model runs on integers already: lower the hardened')
-  lowered = nnx.clone(model)
-  for hook in compress.hooks(lowered):
+  copy = nnx.clone(model)
+  for hook in compress.hooks(copy):
     if _reason(hook) is None:
       _install(hook, _plan(hook, execution))
-  return lowered
+  return IntegerModel(copy.model, copy.gates, copy.structure)
 
 
 def left_float(model: harden.HardenedModel) -> dict[str, str]:

@@ -12,15 +12,12 @@ from typing import Any
 import jax
 from jax import lax
 import jax.numpy as jnp
-import numpy as np
 
 from djpq_jax import taps
 from djpq_jax.integer import planning
 
 # XLA hands int8 convolutions to its library only from more channels on.
 LEAST_OUTPUTS = 17
-
-LARGEST = np.finfo(np.float32).max
 
 # The accumulators of each layer: one int32 array per call.
 _accumulators = taps.Tap('djpq_accumulators')
@@ -189,10 +186,7 @@ def _scaled(plan: planning.Plan, x, weights: Weights, product: Callable, axes):
     total = total + _to_rank(weights.offset, total.ndim)
   _accumulators.see(plan.name, total.astype(jnp.int32))
   y = total.astype(jnp.float32) * _to_rank(weights.scale, total.ndim)
-  # Never in force, but in the way of a fused multiply-add: whether a compiler
-  # makes one of this product and the bias depends on what is around them, and
-  # the last bit of the sum with it.
-  return jnp.minimum(y, LARGEST).astype(weights.dtype)
+  return y.astype(weights.dtype)
 
 
 def _to_rank(x, ndim: int):
