@@ -1,6 +1,5 @@
 """A written file computes what the model does, in integers where it can."""
 
-import dataclasses
 import functools
 import json
 import pathlib
@@ -18,6 +17,7 @@ from djpq_jax import compress
 from djpq_jax import export
 from djpq_jax import harden
 from djpq_jax import stablehlo
+from djpq_jax.export import biases
 from djpq_jax.export import onnx_file
 from djpq_jax.export import stablehlo_file
 from djpq_jax.export import sums
@@ -144,6 +144,13 @@ def test_few_bits_are_exact_in_integers(bits, name, tmp_path):
   assert found.deviation.largest == 0
   assert found.operators['QLinearConv'] == 1 + (name == 'depthwise')
   assert found.operators['MatMulIntegerToFloat'] == 1
+
+
+def test_a_layer_without_a_whole_bias_runs_in_float(tmp_path):
+  found = written(build('flatten', 8), tmp_path)
+  assert found.deviation.largest == 0
+  assert found.operators['Conv'] == 1
+  assert 'QLinearConv' not in found.operators
 
 
 def test_eight_bits_run_as_integers(tmp_path):
@@ -325,24 +332,6 @@ def test_the_example_serves_the_file(tmp_path):
   assert done.stdout.split() == [str(label) for label in wanted]
 
 
-def test_a_layer_without_a_whole_bias_runs_in_float(tmp_path, monkeypatch):
-  """If it is one of few; else all stay integers, and the file deviates."""
-  found = sums._whole_bias
-
-  def none_for_convolutions(graph, node):
-    elsewhere = int(node.op == 'Conv')
-    return dataclasses.replace(found(graph, node), elsewhere=elsewhere)
-
-  monkeypatch.setattr(sums, '_whole_bias', none_for_convolutions)
-  one = written(build('flatten', 4), tmp_path, form='qdq')
-  assert one.operators['QLinearConv'] == 1
-  monkeypatch.setattr(sums, 'MOST_IN_FLOAT', 0.5)
-  other = written(build('flatten', 4), tmp_path, form='qdq')
-  assert 'QLinearConv' not in other.operators
-  assert other.operators['QGemm'] == 1
-  assert other.deviation.fault(strict=True) == ''
-
-
 def test_what_runs_in_float_has_exact_sums():
   graph, _ = onnx_file.translated(build('residual', 4), tiny.SHAPE)
   (last,) = (n for n in graph.nodes if n.op == 'Conv' and n.layer == 'conv2')
@@ -362,11 +351,11 @@ def test_a_whole_bias_keeps_each_sum_at_its_level(levels, most):
   channels, step, reach = 40, 0.3, 60
   unit = rng.uniform(0.01, 0.1, channels)
   bias = rng.normal(0, 0.5, channels)
-  begins = sums._level_begins(
+  begins = biases.level_begins(
     bias, unit, np.full(channels, reach), step, 0, levels
   )
   bias_steps = bias / unit
-  found = sums._whole_steps(
+  found = biases.whole_steps(
     bias_steps,
     begins + bias_steps[:, None],
     np.ceil(begins),

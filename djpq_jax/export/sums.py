@@ -8,53 +8,33 @@ prefers integer layers.
 """
 
 import dataclasses
-import itertools
 
 import numpy as np
 
+from djpq_jax.export import biases
 from djpq_jax.export import nodes
 
-MOST_IN_FLOAT = 0.25  # of the layers that could be integer ones
-MARGIN = 1e-4  # of a step of the sums
-# How far a runtime's float32 may be off where it scales a sum.
-ROUNDING = 4 * 2.0**-24
 EXACT_IN_FLOAT = 2**24  # whole numbers below it
 LARGEST_BIAS = 2**30  # it is int32, as the sums that it is added to
 
 Grid = tuple[float, int, int]  # its step, its lowest and its highest level
 
-# By how many halves of a sum the outermost level is moved; the finer and wider
-# ones for channels that the others leave with a level elsewhere.
-_STRETCHES = [
-  sorted(np.linspace(-end, end, count), key=abs)
-  for end, count in ((1, 21), (2, 401))
-]
 # What ONNX Runtime moves a QuantizeLinear across.
 _PASSED = ('Relu', 'MaxPool', 'Reshape', 'Transpose')
 
 
 def settle(graph: nodes.Graph) -> None:
-  """Prepares each product to be an integer one, or an exact one in float.
+  """Makes each product an integer one where a grid follows it.
 
-  A convolution can be an integer one where its result is quantized next.  Few
-  of these lack a bias that leaves all levels in place if bits are few; these
-  run in float then, so that the whole file is exact.  If many do, as with
-  eight bits, nothing would be won by it.
+  Where no bias leaves all levels in place, the nearest is taken.
   """
-  integer, floating = {}, []
   for node in list(graph.nodes):
     if node.op not in ('Conv', 'Gemm') or not is_quantized(graph, node):
       continue
     if node.op == 'Conv' and next_grid(graph, node) is None:
-      floating.append(node)
-    else:
-      integer[node.output] = node, _whole_bias(graph, node)
-  inexact = [name for name, (_, bias) in integer.items() if bias.elsewhere]
-  if len(inexact) <= MOST_IN_FLOAT * len(integer):
-    floating += [integer.pop(name)[0] for name in inexact]
-  for node in floating:
-    exact_sums(graph, node)
-  for node, bias in integer.values():
+      exact_sums(graph, node)
+      continue
+    bias = _whole_bias(graph, node)
     if np.all(np.abs(bias.whole) < LARGEST_BIAS):
       give_bias(graph, node, bias)
 
@@ -132,25 +112,7 @@ def _whole(graph, node, names) -> str:
   return name
 
 
-@dataclasses.dataclass(frozen=True)
-class Bias:
-  """A bias in whole steps of the sums, each [channels] of an output.
-
-  Attributes:
-    finer: how many times finer the steps of the sums get.
-    wider: a factor near 1 by which they are wider than that.
-    whole: the bias in these steps.
-    elsewhere: levels of the next grid that then begin at another sum, of all
-      channels.
-  """
-
-  finer: np.ndarray
-  wider: np.ndarray
-  whole: np.ndarray
-  elsewhere: int
-
-
-def _whole_bias(graph: nodes.Graph, node: nodes.Node) -> Bias:
+def _whole_bias(graph: nodes.Graph, node: nodes.Node) -> biases.Bias:
   """A bias in whole steps of the sums: ONNX Runtime takes no other.
 
   The kernel's integers are made as large as they can be and its steps as
@@ -165,16 +127,16 @@ def _whole_bias(graph: nodes.Graph, node: nodes.Node) -> Bias:
   unit = product.scale.astype(np.float64) * product.step
   begins = np.zeros((len(bias), 0))
   if grid is not None:
-    begins = _level_begins(bias, unit, product.reach, *grid)
+    begins = biases.level_begins(bias, unit, product.reach, *grid)
   bias = bias / unit
-  return _whole_steps(
+  return biases.whole_steps(
     bias, begins + bias[:, None], np.ceil(begins), product.most
   )
 
 
 def exact_bias(
   graph: nodes.Graph, node: nodes.Node, chain, grid: Grid
-) -> Bias | None:
+) -> biases.Bias | None:
   """A bias that leaves each result of a product at its level.
 
   Args:
@@ -205,14 +167,14 @@ def exact_bias(
     return np.round(y / np.float32(step))
 
   levels = np.arange(lowest + 1, highest + 1)
-  ends = _first_sums(level, levels, product.reach)
+  ends = biases.first_sums(level, levels, product.reach)
   folded = np.abs(product.scale * factor).astype(np.float32)
   unit = folded.astype(np.float64) * product.step
   if np.any(unit == 0):
     return None
   base = (levels - 0.5) * step / unit[:, None]
   base[np.isnan(ends)] = np.nan
-  found = _whole_steps(summand / unit, base, ends, product.most)
+  found = biases.whole_steps(summand / unit, base, ends, product.most)
   if found.elsewhere or np.any(np.abs(found.whole) >= LARGEST_BIAS):
     return None
   return found
@@ -224,26 +186,6 @@ _FLOAT32 = {
   'Mul': np.multiply,
   'Div': np.divide,
 }
-
-
-def _first_sums(level, levels, reach) -> np.ndarray:
-  """The smallest sum at which each level is reached.
-
-  Args:
-    level: from sums [channels, ...] to levels, increasing.
-    levels: [L].
-    reach: the largest magnitude of a sum, [channels].
-
-  Returns:
-    float64 [channels, L]; nan where a level begins at no sum that there is.
-  """
-  ends = np.broadcast_to(np.rint(reach)[:, None], (len(reach), len(levels)))
-  low, high = -ends - 1, ends + 1
-  while np.any(high - low > 1):
-    middle = np.floor((low + high) / 2)
-    above = level(middle) >= levels
-    low, high = np.where(above, low, middle), np.where(above, middle, high)
-  return np.where((high > ends) | (high <= -ends), np.nan, high)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,7 +221,7 @@ def _product(graph, node) -> _Product:
   )
 
 
-def give_bias(graph: nodes.Graph, node: nodes.Node, bias: Bias) -> None:
+def give_bias(graph: nodes.Graph, node: nodes.Node, bias: biases.Bias) -> None:
   """Gives a product a bias that was found for it."""
   inputs, weights = _operands(graph, node)
   integers, scale, axis = _kernel(graph, node, weights)
@@ -305,78 +247,6 @@ def give_bias(graph: nodes.Graph, node: nodes.Node, bias: Bias) -> None:
   graph.dims[name] = (channels,)
   graph.nodes.insert(graph.nodes.index(node), made)
   node.inputs[2:] = [name]
-
-
-def _whole_steps(bias, base, ends, most) -> Bias:
-  """Picks finer steps for the sums, and the bias as a whole number of these.
-
-  Steps and bias may move by what takes no sum to another level.  Of all that
-  are tried those are picked at which the fewest levels begin elsewhere; of
-  these the finest.
-
-  Args:
-    bias: in steps of the sums as they are, [channels].
-    base: where each level of the next grid begins in sums that have the bias
-      in them, [channels, L]; nan where that does not matter.
-    ends: the first sum, whole and without the bias, that is to reach it.
-    most: how many times finer the sums can get, [channels].
-  """
-  finer, wider = most.copy(), np.ones_like(bias)
-  whole = np.round(most * bias)
-  if not base.shape[1]:
-    return Bias(finer, wider, whole, 0)
-  # So much wider moves the outermost level by half a sum.
-  reach = np.nanmax(np.abs(base), axis=1, initial=1.0)
-  # Not just inside: float32 has to see it too.
-  margin = MARGIN + ROUNDING * np.abs(base)
-  fewest = np.full(len(bias), np.inf)
-  for stretches in _STRETCHES:
-    for factor, stretch in itertools.product(
-      range(most.max(), 0, -1), stretches
-    ):
-      todo = np.flatnonzero((fewest > 0) & (factor <= most))
-      if not todo.size:
-        continue
-      width = 1 + stretch / 2 / reach[todo]
-      # The bias that puts a level's begin at the sum at which it is.
-      room = base[todo] / width[:, None] - ends[todo]
-      low = np.nanmax(room, axis=1, initial=-np.inf)
-      high = np.nanmin(room, axis=1, initial=np.inf) + 1
-      met = np.isfinite(low)  # else no sum comes near a level's begin
-      middle = bias[todo]
-      middle[met] = (low[met] + high[met]) / 2
-      tried = np.round(factor * middle)
-      moved = room - (tried / factor)[:, None]
-      near = margin[todo]
-      elsewhere = ((moved <= -1 + near) | (moved > -near)).sum(axis=1)
-      better = elsewhere < fewest[todo]
-      at = todo[better]
-      finer[at], wider[at], whole[at] = factor, width[better], tried[better]
-      fewest[at] = elsewhere[better]
-  return Bias(finer, wider, whole, int(fewest.sum()))
-
-
-def _level_begins(bias, unit, reach, step, lowest, highest):
-  """Sums at which the levels of the next grid begin.
-
-  A sum n, whole, becomes round((n unit + bias) / step).  Level k begins at
-  n = ceil(T), T = ((k - 1/2) step - bias) / unit, whatever happens to T
-  between two whole numbers.
-
-  Args:
-    bias: [channels].
-    unit: of the sums, [channels].
-    reach: the largest magnitude of a sum, [channels].
-    step: of the next grid.
-    lowest: its first level.
-    highest: its last one.
-
-  Returns:
-    T, [channels, highest - lowest]; nan where no sum comes near.
-  """
-  levels = np.arange(lowest + 1, highest + 1)
-  at = ((levels - 0.5) * step - bias[:, None]) / unit[:, None]
-  return np.where(np.abs(at) <= reach[:, None] + 1, at, np.nan)
 
 
 def next_grid(graph, node) -> Grid | None:
