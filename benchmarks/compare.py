@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import flax
 import jax
@@ -205,7 +206,11 @@ def main():
   args = parser.parse_args()
   base = config_lib.load(args.config, args.set)
   rows = contestants(base, args.budgets or [base.budget], args.two_stage_macs)
-  result = {'environment': environment(), 'config': args.config, 'runs': []}
+  result: dict[str, Any] = {
+    'environment': environment(),
+    'config': args.config,
+    'runs': [],
+  }
   if args.out.exists():
     result = json.loads(args.out.read_text())
   done = {(r['contestant'], r['seed']) for r in result['runs']}

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import compare
 import numpy as np
@@ -59,8 +60,8 @@ def interpreter(peer: str) -> pathlib.Path:
   done = folder / 'installed'
   if not done.exists():
     subprocess.run([sys.executable, '-m', 'venv', folder], check=True)
-    pip = [python, '-m', 'pip', 'install', '--quiet', '-r']
-    subprocess.run([*pip, SCRIPTS / f'{peer}.txt'], check=True)
+    pip = [str(python), '-m', 'pip', 'install', '--quiet', '-r']
+    subprocess.run([*pip, str(SCRIPTS / f'{peer}.txt')], check=True)
     done.touch()
   return python
 
@@ -88,14 +89,15 @@ def given(config) -> pathlib.Path:
   if not path.exists():
     model, accuracy = experiment.float_model(config)
     path.parent.mkdir(exist_ok=True)
-    np.savez(path, **arrays(model, config), float_accuracy=accuracy)
+    found = arrays(model, config) | {'float_accuracy': accuracy}
+    np.savez(path, allow_pickle=False, **found)
   return path
 
 
-def arrays(model, config) -> dict[str, np.ndarray]:
+def arrays(model, config) -> dict[str, Any]:
   """Float weights, images in all shifts, labels, and the teacher's logits."""
   train, test = data.load(config.data.name)
-  found = {'labels': train.labels, 'test': test.images}
+  found: dict[str, Any] = {'labels': train.labels, 'test': test.images}
   blocks = [model.block1, model.block2, model.block3, model.block4]
   for k, block in enumerate(blocks):
     bn = block.bn
@@ -105,7 +107,7 @@ def arrays(model, config) -> dict[str, np.ndarray]:
     found[f'norm{k}'] = [bn.scale[...], bn.bias[...], bn.mean[...], deviation]
   found['kernel4'] = model.linear.kernel[...]
   found['bias4'] = model.linear.bias[...]
-  found['shifted'] = shifts(train.images, config.augment.shift)
+  found['shifted'] = shifts(np.asarray(train.images), config.augment.shift)
   found['teacher'] = np.stack(
     [evaluation.predict(model, [images]) for images in found['shifted']]
   )
@@ -143,8 +145,9 @@ def trained(peer: str, config, targets: list[str], macs: int) -> list[dict]:
   before = given(config)
   epochs = round(config.search.epochs + config.finetune.epochs)
   script = SCRIPTS / f'train_{peer}.py'
-  command = [interpreter(peer), script, '--epochs', str(epochs)]
-  command += ['--seed', str(config.seed), '--targets', *targets, '--', before]
+  command = [str(interpreter(peer)), str(script), '--epochs', str(epochs)]
+  command += ['--seed', str(config.seed), '--targets', *targets, '--']
+  command.append(str(before))
   # What it imports is its own, not what is beside this library.
   env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
   with tempfile.TemporaryDirectory() as after:
@@ -186,7 +189,7 @@ def main():
   macs = experiment.dense_structure(base).graph.float_macs
   commit = compare.commit()  # before this writes to a file of the repository
   for seed, peer in itertools.product(args.seeds, args.peers):
-    result = {
+    result: dict[str, Any] = {
       'environment': compare.environment() | {'commands': []},
       'config': CONFIG,
       'runs': [],

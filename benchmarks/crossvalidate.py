@@ -17,6 +17,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
+from typing import Any
 
 import compare
 import jax
@@ -97,7 +98,7 @@ def main():
   parser.add_argument('--seeds', type=int, nargs='+', default=[100])
   parser.add_argument('--out', type=pathlib.Path, required=True)
   args = parser.parse_args()
-  result = {'environment': compare.environment(), 'runs': []}
+  result: dict[str, Any] = {'environment': compare.environment(), 'runs': []}
   if args.out.exists():
     result = json.loads(args.out.read_text())
   done = {(r['variant'], r['seed'], r['fold']) for r in result['runs']}

@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import time
+from typing import Any
 
 import compare
 import jax
@@ -76,7 +77,8 @@ def measure(name: str, count: int, wrapper: str, steps: int) -> dict:
   wrap = {'jit': parallel.jit_step, 'pmap': parallel.pmap_step}[wrapper]
   state = parallel.replicate(train.init(net, objective, tx), mesh)
   batch = parallel.spread(batch, mesh)
-  step = wrap(train.train_step, mesh).lower(state, batch).compile()
+  jitted: Any = wrap(train.train_step, mesh)
+  step = jitted.lower(state, batch).compile()
 
   def advance():
     nonlocal state
@@ -132,7 +134,7 @@ def main():
     row = measure(args.model, args.batch, args.wrappers[0], args.steps)
     print(json.dumps(row | made))
     return
-  result = {'runs': []}
+  result: dict[str, Any] = {'runs': []}
   if args.out and args.out.exists():
     result = json.loads(args.out.read_text())
   for wrapper in args.wrappers:

@@ -17,6 +17,7 @@ import hashlib
 import json
 import pathlib
 import tempfile
+from typing import Any
 
 import compare
 import cv2
@@ -88,7 +89,7 @@ def random_network(name: str, images: np.ndarray) -> harden.HardenedModel:
 
 def sizes(folder: pathlib.Path) -> dict:
   """What an artifact takes, and what its numbers would at their bits."""
-  integers = floats = 0
+  integers, floats = 0.0, 0
   for text in index.read(folder)['arrays'].values():
     dtype, shape = manifest_lib.read_spec(text)
     size = int(np.prod(shape))
@@ -195,7 +196,7 @@ def main():
   args = parser.parse_args()
   _, split = data.load(args.data, data_dir=args.data_dir)
   images = first_images(split, max(args.images, args.large))
-  result = {
+  result: dict[str, Any] = {
     'environment': compare.environment(),
     'commit': compare.commit(),
     'runs': [],

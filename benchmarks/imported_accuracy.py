@@ -12,6 +12,7 @@ import argparse
 import json
 import pathlib
 import time
+from typing import Any
 
 import compare
 from flax import nnx
@@ -58,7 +59,7 @@ def main():
     name, _, path = argument.partition('=')
     runs.append(measure(name, path, test))
     print(json.dumps(runs[-1]), flush=True)
-  result = {
+  result: dict[str, Any] = {
     'environment': compare.environment(),
     'commit': compare.commit(),
     'runs': runs,

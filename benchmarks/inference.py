@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import tempfile
+from typing import Any
 
 import compare
 from flax import nnx
@@ -172,7 +173,7 @@ def main():
   parser.add_argument('--layers', action='store_true')
   parser.add_argument('--out', type=pathlib.Path)
   args = parser.parse_args()
-  result = {
+  result: dict[str, Any] = {
     'environment': compare.environment(),
     'commit': compare.commit(),
     'threads': len(os.sched_getaffinity(0)),

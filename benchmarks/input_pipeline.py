@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import cv2
 import numpy as np
@@ -90,7 +91,8 @@ def rate(work, images):
 def measure(home, args):
   """Rates of (raw, pipeline) of every round."""
   split, _ = data.load('folder', data_dir=str(home), threads=args.threads)
-  source = split.images.source
+  images: Any = split.images
+  source = images.source
   encoded = [stored.parse(source[i]).image for i in range(len(split))]
   bits = np.random.Philox(0).random_raw((args.batch, geometry.WORDS))
 
@@ -110,7 +112,7 @@ def measure(home, args):
 
   raw()
   pipeline(0)
-  found = {'raw': [], 'pipeline': []}
+  found: dict[str, list] = {'raw': [], 'pipeline': []}
   for step in range(args.rounds):
     found['raw'].append(rate(raw, args.batch))
     found['pipeline'].append(
@@ -125,7 +127,7 @@ def summary(rounds, cores):
   A round of the one follows a round of the other, so that the median of their
   ratios is less disturbed than the ratio of their medians.
   """
-  result = {}
+  result: dict[str, Any] = {}
   for name, rates in rounds.items():
     wall, cpu = (statistics.median(x) for x in zip(*rates))
     result[f'{name}_images_per_second'] = round(wall, 1)
@@ -181,7 +183,7 @@ def main():
   with tempfile.TemporaryDirectory() as home:
     size = make(pathlib.Path(home), args.images)
     rounds = measure(pathlib.Path(home), args)
-  result = {
+  result: dict[str, Any] = {
     **setting(),
     'mean_image_bytes': round(size),
     'batch': args.batch,

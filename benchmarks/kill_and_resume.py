@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import compare
 from flax import nnx
@@ -47,7 +48,8 @@ def main():
   command = [sys.executable, '-m', 'djpq_jax.cli', 'train']
   command += ['--config', args.config]
   command += [word for text in args.set for word in ('--set', text)]
-  moments, kills = random.Random(args.seed), []
+  moments = random.Random(args.seed)
+  kills: list[float] = []
   with tempfile.TemporaryDirectory() as temporary:
     folder = pathlib.Path(temporary)
     start = time.monotonic()
@@ -73,7 +75,7 @@ def main():
     same = outcome(folder / 'killed') == outcome(folder / 'whole')
   print(f'{len(kills)} kills; the same bits: {same}')
   if args.out:
-    result = {
+    result: dict[str, Any] = {
       'environment': compare.environment(),
       'commit': compare.commit(),
       'kills_after_seconds': kills,

@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import time
+from typing import Any
 
 import compare
 import jax
@@ -42,7 +43,7 @@ class Contestant:
     start = time.perf_counter()
     self.step = train.jit_step.lower(self.state, batch).compile()
     self.compile_seconds = time.perf_counter() - start
-    planned = self.step.memory_analysis()
+    planned: Any = self.step.memory_analysis()
     self.temporaries = planned.temp_size_in_bytes
     self.memory = (  # bytes; a donated state is counted once
       planned.temp_size_in_bytes
@@ -78,7 +79,7 @@ def measure(
   name: str, size: int | None, count: int, steps: int, dtype: str
 ) -> list[dict]:
   """The three phases of one model at one batch size."""
-  kwargs = {'input_shape': (size, size, 3)} if size else {}
+  kwargs: Any = {'input_shape': (size, size, 3)} if size else {}
   model = models.create(name, **kwargs)
   batch = jax.device_put(random_batch(model, count))
   net = compress.compress(model, (), batch['image'][:8])
@@ -123,7 +124,7 @@ def main():
   parser.add_argument('--steps', type=int, default=10)
   parser.add_argument('--out', type=pathlib.Path, help='rows are added to it')
   args = parser.parse_args()
-  result = {'runs': []}
+  result: dict[str, Any] = {'runs': []}
   if args.out and args.out.exists():
     result = json.loads(args.out.read_text())
   environment = compare.environment()

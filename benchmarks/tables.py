@@ -14,6 +14,7 @@ import pathlib
 import re
 import shutil
 import sys
+from typing import Any
 
 import compare
 import rich.console
@@ -40,7 +41,7 @@ def record(workdir: pathlib.Path) -> None:
   found = report.read(workdir)
   del found['history']  # the pictures have it
   environment = compare.environment() | {'command': 'make demo'}
-  result = {
+  result: dict[str, Any] = {
     'environment': environment,
     'commit': compare.commit(),
     'report': found,

@@ -42,7 +42,7 @@ MODELS: dict[str, Callable[..., nnx.Module]] = {
 }
 
 
-def create(name: str, *, seed: int = 0, **kwargs: Any) -> nnx.Module:
+def create(name: str, *, seed: int = 0, **kwargs: Any) -> Any:
   """Builds the model `name` with fresh weights, in train mode.
 
   Args:
