@@ -115,6 +115,7 @@ def compare_executions(dense, hardened, x, rounds: int) -> dict:
   files = {}
   engines = {
     'onnxruntime float32': (hardened_float(dense), 'qdq'),
+    'onnxruntime exact': (hardened, 'exact'),
     'onnxruntime qdq': (hardened, 'qdq'),
     'onnxruntime integer': (hardened, 'integer'),
   }
