@@ -24,7 +24,7 @@ from djpq_jax import train
 from djpq_jax.experiment import deployment
 from djpq_jax.experiment import methods
 from djpq_jax.experiment import phases
-from djpq_jax.experiment import preview as preview_lib
+from djpq_jax.experiment import previewing
 from djpq_jax.experiment import setting
 from djpq_jax.experiment.deployment import load_artifact
 from djpq_jax.experiment.methods import METHODS
@@ -62,13 +62,13 @@ def check(config) -> None:
 
 
 def preview(config) -> dict[str, Any]:
-  """Checks a config and tells what it will be, see `preview.preview`.
+  """Checks a config and tells what it will be, see `previewing.preview`.
 
   Raises:
     ValueError: the config cannot work, as `run` would say.
   """
   this, model, net = _prepared(config, None)
-  return preview_lib.preview(this, model, net)
+  return previewing.preview(this, model, net)
 
 
 def run(
