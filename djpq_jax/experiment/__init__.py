@@ -49,7 +49,7 @@ def float_model(config, progress: setting.Progress | None = None):
   """Trains a config's float model; returns it and its test accuracy."""
   this = setting.prepare(config, progress)
   model = phases.train_float(this, setting.dense_model(this))
-  return model, evaluation.evaluate(model, this.test_split)
+  return model, evaluation.evaluate(model, this.test_split, mesh=this.mesh())
 
 
 def check(config) -> None:
@@ -122,7 +122,7 @@ def run(
     if parallel.is_first():
       this.log = metrics.Log(workdir, tensorboard=config.tensorboard)
   model = trained or phases.train_float(this, model)
-  float_accuracy = evaluation.evaluate(model, this.test_split)
+  float_accuracy = evaluation.evaluate(model, this.test_split, mesh=this.mesh())
   net = METHODS[config.method](this, model)
   train.check_alive(net, this.sample())
   net = phases.finetune(this, net, model)
