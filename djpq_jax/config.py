@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import math
 import pathlib
+import pkgutil
 import traceback
 from typing import Any
 
@@ -200,21 +201,29 @@ def _split_variant(source: str) -> tuple[str, dict[str, Any]]:
   if not colon or pathlib.Path(source).is_file():
     return source, {}
   if name not in VARIANTS:
-    close = difflib.get_close_matches(name, VARIANTS, 1)
-    hint = f'; did you mean {close[0]}?' if close else ''
     raise ConfigError(
-      f'unknown variant {name!r}; there are {", ".join(VARIANTS)}{hint}'
+      f'unknown variant {name!r}; there are {", ".join(VARIANTS)}'
+      f'{_hint(name, VARIANTS)}'
     )
   return rest, VARIANTS[name]
 
 
 def _find_packaged(name: str, source: str):
-  spec = None
-  if name.isidentifier():
-    spec = importlib.util.find_spec(f'{PACKAGED}.{name}')
-  if spec is None:
-    raise ConfigError(f'{source} is neither a file nor a packaged config')
-  return spec
+  folder = importlib.util.find_spec(PACKAGED)
+  places = folder.submodule_search_locations if folder is not None else ()
+  names = sorted(module.name for module in pkgutil.iter_modules(places))
+  if name not in names:
+    raise ConfigError(
+      f'{source} is neither a file nor a packaged config; packaged are '
+      f'{", ".join(names)}{_hint(name, names)}'
+    )
+  return importlib.util.find_spec(f'{PACKAGED}.{name}')
+
+
+def _hint(name: str, names: Iterable[str], prefix: str = '') -> str:
+  """Asks whether the nearest one was meant, if any is near."""
+  close = difflib.get_close_matches(name, list(names), 1)
+  return f'; did you mean {prefix}{close[0]}?' if close else ''
 
 
 def _nested(name: str, value):
@@ -235,8 +244,7 @@ def _update(config, given, prefix: str) -> None:
   for key, value in given.items():
     name = f'{prefix}{key}'
     if key not in config:
-      close = difflib.get_close_matches(key, list(config), 1)
-      hint = f'; did you mean {prefix}{close[0]!s}?' if close else ''
+      hint = _hint(key, config, prefix)
       raise ConfigError(f'unknown config field {name}{hint}')
     nested = isinstance(config[key], ml_collections.ConfigDict)
     if nested and not hasattr(value, 'items'):

@@ -10,34 +10,66 @@ import numpy as np
 
 from djpq_jax import compress
 from djpq_jax import data
+from djpq_jax import parallel
 
 
-def predict(model, images: Iterable[Any]) -> np.ndarray:
+def predict(
+  model, images: Iterable[Any], mesh: jax.sharding.Mesh | None = None
+) -> np.ndarray:
   """Logits on batches of images, float32 [N, classes].
 
   Args:
     model: an nnx model, or a function from images to logits.
-    images: batches.
+    images: batches; over a mesh, this process's share of each.
+    mesh: devices that share each batch of an nnx model; None for one device.
+
+  Returns:
+    Logits of the whole batches, in every process.
   """
   if not isinstance(model, nnx.Module):
     return np.concatenate([np.asarray(model(x)) for x in images])
   graphdef, state = nnx.split(compress.eval_view(model))
   state = nnx.as_pure(state)
 
-  @jax.jit
   def run(state, x):
     return nnx.merge(graphdef, state)(x).astype(jnp.float32)
 
+  if mesh is None:
+    run = jax.jit(run)
+  else:
+    state = parallel.replicate(state, mesh)
+    images = (parallel.spread(x, mesh) for x in images)
+    run = parallel.jit_function(run, mesh)
   return np.concatenate([np.asarray(run(state, x)) for x in images])
 
 
-def predictions(model, split: data.Split, batch_size: int = 256) -> np.ndarray:
+def predictions(
+  model,
+  split: data.Split,
+  batch_size: int = 256,
+  mesh: jax.sharding.Mesh | None = None,
+) -> np.ndarray:
   """Logits on every image of a split, float32 [N, classes].
 
   A few batches at a time are in memory, so that a split may be of any size.
+  Whatever the mesh, a device computes batches of the same size, each with the
+  same images in it: the logits are those of one device.
+
+  Args:
+    model: as for `predict`; a function runs on one device in any case.
+    split: where the images come from.
+    batch_size: images that a device takes at a time.
+    mesh: devices that share the images, of all processes; None for one.
   """
-  batches = data.prefetch(data.eval_batches(split, batch_size))
-  logits = predict(model, (b['image'] for b in batches))
+  shares: dict[str, int] = {}
+  if mesh is not None and (mesh.size == 1 or not isinstance(model, nnx.Module)):
+    mesh = None
+  if mesh is not None:
+    batch_size *= mesh.size
+    shares['process_index'] = jax.process_index()
+    shares['process_count'] = jax.process_count()
+  batches = data.prefetch(data.eval_batches(split, batch_size, **shares))
+  logits = predict(model, (b['image'] for b in batches), mesh)
   return logits[: len(split)]  # what fills up the last batch comes last
 
 
@@ -46,9 +78,14 @@ def accuracy(logits: np.ndarray, split: data.Split) -> float:
   return float((logits.argmax(-1) == split.labels).mean())
 
 
-def evaluate(model, split: data.Split, batch_size: int = 256) -> float:
-  """Share of a split's images that a model gets right."""
-  return accuracy(predictions(model, split, batch_size), split)
+def evaluate(
+  model,
+  split: data.Split,
+  batch_size: int = 256,
+  mesh: jax.sharding.Mesh | None = None,
+) -> float:
+  """Share of a split's images that a model gets right; see `predictions`."""
+  return accuracy(predictions(model, split, batch_size, mesh), split)
 
 
 def estimate_statistics(model, batches: Iterable[Any]):

@@ -182,3 +182,30 @@ def pmap_step(step: Step, mesh: jax.sharding.Mesh) -> Step:
     check_vma=False,
   )
   return jax.jit(mapped, donate_argnums=0)
+
+
+def jit_function(
+  function: Callable[[T, jax.Array], jax.Array], mesh: jax.sharding.Mesh
+) -> Callable[[T, jax.Array], jax.Array]:
+  """Maps a function of each image over devices; all get all of its results.
+
+  Every device runs the function as it is, on its share of the batch, so that
+  what it computes does not depend on how many others there are.
+
+  Args:
+    function: (state, batch) -> array with a row for each of the batch.
+    mesh: from `mesh`; arrays come as `replicate` and `spread` place them.
+  """
+
+  def collected(state, batch):
+    return jax.lax.all_gather(function(state, batch), AXIS, tiled=True)
+
+  spec = jax.sharding.PartitionSpec
+  mapped = jax.shard_map(
+    collected,
+    mesh=mesh,
+    in_specs=(spec(), spec(AXIS)),
+    out_specs=spec(),
+    check_vma=False,  # which does not see that what is gathered is the same
+  )
+  return jax.jit(mapped)

@@ -20,6 +20,7 @@ from djpq_jax import train
 from djpq_jax import workdir
 from djpq_jax.checkpoint import manifest as manifest_lib
 from djpq_jax.cli import bars
+from djpq_jax.experiment import previewing
 from djpq_jax.export import stablehlo_file
 
 # The requirements of every report, by name.
@@ -592,11 +593,47 @@ def test_dry_run(config, tmp_path, capsys, monkeypatch):
     'tiny: 96 images to train, 50 to test, 4 x 4 x 1',
     '60 float, 120 search, 30 finetune, of 32 images',
     '1 x cpu',
-    'MiB on each for a step',
+    'MiB on each for a step of the search',
   ):
     assert text in printed
   assert not workdir.exists()
   assert 'cannot be reached' in refused(capsys, *args, '--set', 'budget=1e-6')
+
+
+def test_dry_runs_of_variants_differ(config, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(train, 'fit', None)
+  monkeypatch.setattr(previewing, '_step_bytes', lambda *_: 3 * 2**20)
+  args = ['--workdir', str(tmp_path / 'run'), '--dry-run']
+  expected = {
+    'djpq': 'djpq: channels and bits together; bits of any whole number',
+    'djpq_restrict': (
+      'djpq: channels and bits together; bits of 2, 4, 8, 16, 32'
+    ),
+    'two_stage': (
+      'two_stage: channels to 30.000% of the MACs, then bits of any whole '
+      'number'
+    ),
+    'w8a8': 'uniform: 8 bits for weights, 8 for activations',
+    'w4a4': 'uniform: 4 bits for weights, 4 for activations',
+    'float': 'float: nothing is pruned or quantized',
+  }
+  for variant, method in expected.items():
+    assert cli.main(['train', '--config', f'{config}:{variant}', *args]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line[:10].strip(): line[10:] for line in lines}
+    assert rows['method'] == method
+    searches = rows['method'].startswith(('djpq', 'two'))
+    assert rows['channels'].startswith(
+      '1 of 3 groups can be pruned' if searches else 'all are kept'
+    )
+    assert rows['budget'].startswith('2.000% of' if searches else 'none')
+    phase = 'search' if searches else 'finetuning'
+    assert rows['memory'] == f'3 MiB on each for a step of the {phase}'
+  args += ['--config', config]
+  for field in ('float', 'search', 'finetune'):
+    args += ['--set', f'{field}.epochs=0']
+  assert cli.main(['train', *args]) == 0
+  assert 'memory    no step is run' in capsys.readouterr().out
 
 
 def test_progress_tells_what_is_worth_knowing():

@@ -80,6 +80,25 @@ def test_a_missing_file_is_named(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+  ('name', 'hint'),
+  [
+    ('digts', '; did you mean digits?'),
+    ('digts:w4a4', '; did you mean digits?'),
+    ('configs/resnet18_imagent.py', '; did you mean resnet18_imagenet?'),
+    ('nothing.like.it', ''),
+  ],
+)
+def test_a_mistyped_name_gets_the_nearest_and_all(name, hint):
+  with pytest.raises(config_lib.ConfigError) as info:
+    config_lib.load(name)
+  assert str(info.value) == (
+    f'{name.partition(":")[0]} is neither a file nor a packaged config; '
+    'packaged are digits, mobilenet_v2_imagenet, resnet18_imagenet, '
+    f'resnet20_cifar10, vgg7_cifar10{hint}'
+  )
+
+
+@pytest.mark.parametrize(
   ('name', 'data', 'model'),
   [
     ('digits', 'digits', 'digits_cnn'),

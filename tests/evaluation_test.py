@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 from djpq_jax import evaluation
+from djpq_jax import parallel
 
 # They run flax's batch norm.
 pytestmark = pytest.mark.standard_promotion
@@ -47,6 +48,38 @@ def test_the_padding_of_the_last_batch_does_not_count(normed, batch_size):
     int(row.argmax()) == label for row, label in zip(whole, split.labels)
   )
   assert evaluation.evaluate(normed, split, batch_size) == right / 37
+
+
+@pytest.mark.parametrize('kind', [tiny.Normed, tiny.Residual, tiny.Depthwise])
+def test_devices_share_the_images(kind):
+  """Each computes as one alone would, to the last bit."""
+  if jax.device_count() < 4:
+    pytest.skip('needs four devices')
+  seen = []
+
+  class Seen(kind):
+    def __call__(self, x):
+      seen.append(x.shape)
+      return super().__call__(x)
+
+  model, split = tiny.make(Seen), tiny.split(75)
+  mesh = parallel.mesh(jax.devices()[:4])
+  expected = evaluation.predictions(model, split, 8)
+  seen.clear()
+  found = evaluation.predictions(model, split, 8, mesh)
+  assert seen == [(8, *tiny.SHAPE)]  # traced once, for a device's own share
+  np.testing.assert_array_equal(found, expected, strict=True)
+  assert evaluation.evaluate(model, split, 8, mesh) == evaluation.accuracy(
+    expected, split
+  )
+
+
+def test_a_function_runs_where_it_likes():
+  split = tiny.split(20)
+  function = lambda x: x.reshape(len(x), -1)[:, :3]
+  found = evaluation.predictions(function, split, 8, parallel.mesh())
+  expected = split.images.reshape(20, -1)[:, :3]
+  np.testing.assert_array_equal(found, expected, strict=True)
 
 
 def test_prediction_does_not_depend_on_the_batch_or_change_the_model(normed):

@@ -18,6 +18,7 @@ from djpq_jax import losses
 from djpq_jax import models
 from djpq_jax import train
 from djpq_jax.experiment import phases
+from djpq_jax.experiment import previewing
 from djpq_jax.experiment import running
 from djpq_jax.experiment import setting
 
@@ -263,6 +264,10 @@ def test_without_training_and_budget(config, tmp_path):
     ({'budget': float('nan')}, 'budget takes a number from 0 on'),
     ({'method': 'two_stage', 'budget': 0}, 'two_stage needs a budget'),
     ({'method': 'two_stage', 'two_stage_macs': 1}, 'needs a budget, and two'),
+    (
+      {'method': 'uniform', 'uniform_bits': (4,)},
+      r'uniform_bits takes two whole numbers, .*; got \(4,\)',
+    ),
     ({'keep_best': True}, 'keep_best needs evaluate_every, and a part of the'),
     ({'evaluate_every': 1e-4}, '0.0001 epochs, less than a step'),
     ({'validation': 1e-4, 'evaluate_every': 1.0}, 'images would hold out 0'),
@@ -308,3 +313,64 @@ def test_what_cannot_work_is_said_first(config, tmp_path, fields, message):
       )
   assert '\n' not in str(info.value)
   assert not (tmp_path / 'run').exists()
+
+
+def shapes(state):
+  """Names, shapes and dtypes of all that a step takes but the batch."""
+  found = jax.tree_util.tree_leaves_with_path(state)
+  return {
+    jax.tree_util.keystr(path): (x.shape, str(x.dtype)) for path, x in found
+  }
+
+
+@pytest.mark.parametrize(
+  ('variant', 'phase'),
+  [
+    ('djpq', 'search'),
+    ('djpq_restrict', 'search'),
+    ('two_stage', 'search'),
+    ('w4a4', 'finetune'),
+    ('float', 'finetune'),
+  ],
+)
+def test_a_preview_compiles_a_step_that_is_run(
+  config, monkeypatch, variant, phase
+):
+  fields = config_lib.VARIANTS[variant]
+  config = config_lib.change(config, two_stage_macs=0.6, **fields)
+  config = config_lib.change(
+    config, bit_choices=config.bit_choices and (2, 3, 4, 6, 8)
+  )
+  begun = {}
+
+  def fit(state, *_, **__):
+    begun.setdefault(names.pop(0), shapes(state))
+    return state
+
+  run = setting.prepare(config)
+  model = tiny.make(tiny.Normed)
+  found, states = previewing.largest_steps(run, model)
+  assert found == phase
+  monkeypatch.setattr(train, 'fit', fit)
+  names = ['search', 'second search'] if phase == 'search' else []
+  names = names[: 2 if variant == 'two_stage' else 1] + ['finetune']
+  net = experiment.METHODS[config.method](run, model)
+  phases.finetune(run, net, model)
+  assert not names
+  assert shapes(states[0]) == begun[phase]
+  if variant == 'two_stage':  # its size is known when the first has pruned
+    assert shapes(states[1]).keys() == begun['second search'].keys()
+  else:
+    assert len(states) == 1
+
+
+def test_a_preview_of_what_has_no_search_or_no_step(config):
+  run = setting.prepare(untrained(config, float={'epochs': 1.0}))
+  model = tiny.make(tiny.Normed)
+  phase, (state,) = previewing.largest_steps(run, model)
+  assert phase == 'float'
+  assert shapes(state) == shapes(phases.float_state(run, model, steps=5))
+  run = setting.prepare(untrained(config, finetune={'epochs': 1.0}))
+  phase, (state,) = previewing.largest_steps(run, model)
+  assert phase == 'finetune'
+  assert experiment.preview(untrained(config))['step_bytes'] == 0

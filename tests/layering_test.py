@@ -70,8 +70,8 @@ TABLE = (
     'harden integer cost packages files',
     'numpy rich matplotlib jinja2',
   ),
-  # A model at rest, on data.
-  Row('evaluation', 'compress data', 'jax numpy flax.nnx'),
+  # A model at rest, on data, on one device or on many.
+  Row('evaluation', 'compress data parallel', 'jax numpy flax.nnx'),
   Row('speed', 'compress harden integer', 'jax numpy flax.nnx'),
   # With onnx and onnxruntime, which it imports when it needs them.
   # It runs the model and the file, so it stands after evaluation.

@@ -62,6 +62,27 @@ def numbered(model):
   return {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
 
 
+def as_torchvision(name, layers) -> str:
+  """A name of timm's ViT as torchvision's has it."""
+  first, second = layers
+  for theirs, name_there in (
+    ('patch_embed.proj', 'conv_proj'),
+    ('cls_token', 'class_token'),
+    ('pos_embed', 'encoder.pos_embedding'),
+    ('blocks.', 'encoder.layers.encoder_layer_'),
+    ('norm1', 'ln_1'),
+    ('norm2', 'ln_2'),
+    ('attn.qkv.', 'self_attention.in_proj_'),
+    ('attn.proj', 'self_attention.out_proj'),
+    ('mlp.fc1', first),
+    ('mlp.fc2', second),
+  ):
+    name = name.replace(theirs, name_there)
+  if name.startswith('norm.'):
+    return f'encoder.ln.{name.removeprefix("norm.")}'
+  return f'heads.{name}' if name.startswith('head.') else name
+
+
 def digest(shapes) -> str:
   lines = sorted(f'{name} {tuple(shape)}' for name, shape in shapes.items())
   return hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16]
@@ -185,6 +206,45 @@ class TestAssign:
     arrays['blocks.0.attn.qkv.weight'] = np.zeros((17, 6))
     message = self.refused(model, arrays)
     assert 'has shape (17, 6), the model needs (18, 6)' in message
+
+  @pytest.mark.parametrize(
+    'layers', ['mlp.0 mlp.3', 'mlp.linear_1 mlp.linear_2']
+  )
+  def test_vit_under_the_names_of_torchvision(self, layers):
+    make = lambda: vit.VisionTransformer(
+      3, (4, 4, 1), 2, 6, 2, 2, 8, rngs=nnx.Rngs(0)
+    )
+    model, other = nnx.eval_shape(make), nnx.eval_shape(make)
+    arrays = numbered(model)
+    renamed = {as_torchvision(k, layers.split()): v for k, v in arrays.items()}
+    assert len(renamed) == len(arrays)
+    assert not set(renamed) & set(arrays)
+    torch_weights.assign(model, arrays)
+    torch_weights.assign(other, renamed)
+    images = np.random.default_rng(1).normal(size=(2, 4, 4, 1))
+    images = images.astype(np.float32)
+    np.testing.assert_array_equal(other(images), model(images))
+
+    # What does not fit is called by the name that its file should have.
+    block = 'encoder.layers.encoder_layer_1.'
+    for name in (
+      'class_token',
+      'conv_proj.bias',
+      'encoder.ln.weight',
+      'encoder.pos_embedding',
+      'heads.head.weight',
+      block + 'ln_2.bias',
+      block + 'self_attention.in_proj_bias',
+      block + layers.split()[1] + '.weight',
+    ):
+      short = {k: v for k, v in renamed.items() if k != name}
+      assert self.refused(other, short) == f'the weights lack {name}'
+    name = block + 'self_attention.in_proj_weight'
+    assert self.refused(other, renamed | {name: np.zeros((17, 6))}) == (
+      f'{name} has shape (17, 6), the model needs (18, 6)'
+    )
+    message = self.refused(other, renamed | {'heads.pre_logits.bias': 1})
+    assert message == 'the model has no place for heads.pre_logits.bias'
 
   def test_first_linear_layer_of_vgg_reads_channels_last(self):
     make = lambda: vgg.VGG(

@@ -36,7 +36,7 @@ def randomized(model):
       value.uniform_(0.5, 1.5)
     elif value.ndim == 1:
       value.add_(0.1 * torch.randn_like(value))
-    elif name in ('cls_token', 'pos_embed'):
+    elif name.endswith(('_token', 'pos_embed', 'pos_embedding')):
       value.normal_(0, 0.5)
   return model.eval()
 
@@ -63,6 +63,13 @@ def test_torchvision(ours, theirs, kwargs, their_kwargs, size, tmp_path):
   torchvision = pytest.importorskip('torchvision')
   made = getattr(torchvision.models, theirs)(**their_kwargs)
   assert_agree(ours, kwargs, made, size, tmp_path / 'weights.pth')
+
+
+def test_vit_of_torchvision(tmp_path):
+  """Of the size of ViT-S/16, which it has no name for."""
+  torchvision = pytest.importorskip('torchvision')
+  made = torchvision.models.VisionTransformer(224, 16, 12, 6, 384, 1536)
+  assert_agree('vit_s16', {}, made, 224, tmp_path / 'weights.pth')
 
 
 def test_vit_s16_of_timm(tmp_path):

@@ -32,6 +32,8 @@ from djpq_jax import experiment
 from djpq_jax import files
 from djpq_jax import harden
 from djpq_jax import interruption
+from djpq_jax import optim
+from djpq_jax import train
 from djpq_jax import workdir
 
 SERVER = pathlib.Path(__file__).with_name('object_store')
@@ -202,6 +204,24 @@ def test_an_altered_artifact(capsys):
   assert cli.main(evaluate) == 2
   (sentence,) = capsys.readouterr().err.splitlines()
   assert sentence.startswith(f'djpq: {folder} is')
+
+
+def test_a_folder_that_is_no_checkpoint():
+  """With the file that ends one in a bucket, but not what it ends."""
+  folder = files.path(f'{BUCKET}/checkpoints')
+  if folder.exists():
+    files.remove(folder)
+  state = train.init(
+    tiny.make(tiny.Mlp),
+    train.Objective(),
+    optim.make(optim.OptimizerConfig(), 10),
+  )
+  with train.Checkpoints(folder) as checkpoints:
+    checkpoints.save(state, [])
+  files.replace(folder / '9999' / 'commit_success.txt', '')
+  with train.Checkpoints(folder) as checkpoints:
+    assert checkpoints.latest() == 0
+    assert int(checkpoints.restore(state)[0].step) == 0
 
 
 def test_of_two_writers_one_learns_that_it_was_late():

@@ -20,7 +20,9 @@ import tiny
 from djpq_jax import cli
 from djpq_jax import compress
 from djpq_jax import config as config_lib
+from djpq_jax import evaluation
 from djpq_jax import experiment
+from djpq_jax import integer
 from djpq_jax import parallel
 from djpq_jax import train
 
@@ -217,8 +219,15 @@ def test_a_config_that_does_not_fit_the_devices(tmp_path, step, message):
 
 
 @pytest.mark.parametrize('wrapper', ['jit', 'pmap'])
-def test_an_experiment_on_four_devices(mesh, tmp_path, wrapper):
+def test_an_experiment_on_four_devices(mesh, tmp_path, wrapper, monkeypatch):
   del mesh
+  predict, devices = evaluation.predict, []
+
+  def predict_on(model, images, mesh=None):
+    devices.append(mesh.size)
+    return predict(model, images, mesh)
+
+  monkeypatch.setattr(evaluation, 'predict', predict_on)
   config = tiny.experiment_config(tmp_path)
   config = config_lib.change(
     config,
@@ -234,6 +243,17 @@ def test_an_experiment_on_four_devices(mesh, tmp_path, wrapper):
   assert report['relative_bops'] <= report['budget']
   # The last look is at what was hardened, but for its statistics.
   assert abs(report['history'][-1]['eval_accuracy'] - report['accuracy']) < 0.05
+  assert devices == [4, 4, 4]  # of the float, saved and reloaded models
+  monkeypatch.undo()
+  assert report['accuracy'] == accuracy_on_one_device(tmp_path / 'run')
+
+
+def accuracy_on_one_device(workdir):
+  """Of the artifact of a run, as `djpq evaluate` measures it."""
+  with tiny.registered():
+    model = experiment.load_artifact(workdir / 'artifact')
+  _, test = tiny.source()
+  return evaluation.evaluate(integer.lower(model, 'simulated'), test)
 
 
 PROGRAM = """
@@ -314,6 +334,8 @@ def test_processes_that_are_killed_and_preempted(tmp_path):
   whole = Cluster(tmp_path, 'whole')
   statuses, printed = whole.ended()
   assert statuses == [0, 0], printed
+  one_device = accuracy_on_one_device(tmp_path / 'whole')
+  assert outcome(tmp_path / 'whole')[0]['accuracy'] == one_device
   assert 'report    whole/report.json' in printed[0]
   assert 'report' not in printed[1]  # one speaks for all
 

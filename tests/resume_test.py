@@ -191,6 +191,53 @@ def test_a_checkpoint_that_is_half_written_is_not_picked(tmp_path):
   assert written.exists()
 
 
+@pytest.mark.parametrize('keep_best', [False, True])
+def test_a_folder_that_orbax_did_not_finish_is_no_step(tmp_path, keep_best):
+  folder = tmp_path / 'a'
+  saved = lambda step: dataclasses.replace(fresh(), step=jnp.int32(step))
+  open_folder = lambda: train.Checkpoints(folder, keep_best=keep_best)
+  with open_folder() as checkpoints:
+    for step in (4, 5):
+      checkpoints.save(saved(step), [], 0.5)
+  begun = json.loads((folder / '5' / '_CHECKPOINT_METADATA').read_text())
+  del begun['commit_timestamp_nsecs']
+  foreign = {
+    '7': {},
+    '9': {'state/of_others': 'x', 'commit_success.txt': ''},
+    '11': {'_CHECKPOINT_METADATA': json.dumps(begun)},
+    '9999': {'_CHECKPOINT_METADATA': '{"item_han'},
+  }
+  for name, contents in foreign.items():
+    (folder / name).mkdir()
+    for file, content in contents.items():
+      (folder / name / file).parent.mkdir(exist_ok=True)
+      (folder / name / file).write_text(content)
+  with open_folder() as checkpoints:
+    assert checkpoints.latest() == 5
+    for best in (False, True):
+      assert int(checkpoints.restore(fresh(), best=best)[0].step) == 5
+    # They do not count among those to keep, and are nobody's to delete.
+    checkpoints.save(saved(6), [], 0.25)
+  assert {p.name for p in folder.iterdir()} == {'5', '6', *foreign}
+  with open_folder() as checkpoints:  # the training gets to one's number
+    checkpoints.save(saved(9), [{'step': 9}], 0.5)
+  with open_folder() as checkpoints:
+    state, history = checkpoints.restore(fresh())
+  assert (int(state.step), history) == (9, [{'step': 9}])
+  assert not (folder / '9' / 'state' / 'of_others').exists()
+
+
+def test_a_run_goes_on_past_a_folder_of_somebody(config, whole, tmp_path):
+  workdir = tmp_path / 'stopped'
+  with pytest.raises(train.Interrupted):
+    experiment.run(config, workdir, stop=after(STEPS // 2))
+  phases = sorted((workdir / 'checkpoints').iterdir())
+  for phase in phases:
+    (phase / '9999').mkdir()
+  assert run(config, workdir) == whole
+  assert all((phase / '9999').exists() for phase in phases)
+
+
 def test_a_damaged_checkpoint_says_what_to_do(tmp_path):
   with train.Checkpoints(tmp_path / 'a') as checkpoints:
     checkpoints.save(fresh(), [])

@@ -114,17 +114,25 @@ def _print_preview(found: dict[str, Any], console) -> None:
   steps = ', '.join(
     f'{count:,} {name}' for name, count in found['steps'].items()
   )
+  groups = 'all are kept'
+  if found['method'] in experiment.SEARCHING:
+    groups = (
+      f'{found["prunable_groups"]} of {found["groups"]} groups can be pruned; '
+      'djpq inspect lists them'
+    )
+  memory = 'no step is run'
+  if found['step_phase']:
+    memory = (
+      f'{found["step_bytes"] / 2**20:,.0f} MiB on each for a step of '
+      f'{_PHASES[found["step_phase"]]}'
+    )
   rows = [
     ('model', f'{found["model"]}, {found["parameters"]:,} parameters'),
     ('MACs', f'{found["float_macs"]:,}'),
     ('BOPs', f'{found["float_bops"]:,} (32 x 32 bits)'),
-    ('method', found['method']),
+    ('method', f'{found["method"]}: {_method(found)}'),
     ('budget', '; '.join(budgets) or 'none'),
-    (
-      'channels',
-      f'{found["prunable_groups"]} of {found["groups"]} groups can be pruned; '
-      'djpq inspect lists them',
-    ),
+    ('channels', groups),
     (
       'data',
       f'{found["data"]}: {found["train_images"]:,} images to train, '
@@ -133,10 +141,34 @@ def _print_preview(found: dict[str, Any], console) -> None:
     ),
     ('steps', f'{steps}, of {found["batch_size"]} images'),
     ('devices', f'{found["devices"]} x {found["device_kind"]}'),
-    ('memory', f'{found["step_bytes"] / 2**20:,.0f} MiB on each for a step'),
+    ('memory', memory),
   ]
   for name, text in rows:
     console.print(f'{name:<10}{text}', soft_wrap=True, highlight=False)
+
+
+_PHASES = {
+  'float': 'the float training',
+  'search': 'the search',
+  'finetune': 'the finetuning',
+}
+
+
+def _method(found: dict[str, Any]) -> str:
+  """What a method does, with the numbers that tell one variant from others."""
+  if found['uniform_bits']:
+    weights, activations = found['uniform_bits']
+    return f'{weights} bits for weights, {activations} for activations'
+  bits = ', '.join(map(str, found['bit_choices'])) or 'any whole number'
+  match found['method']:
+    case 'djpq':
+      return f'channels and bits together; bits of {bits}'
+    case 'two_stage':
+      return (
+        f'channels to {found["two_stage_macs"]:.3%} of the MACs, then bits of '
+        f'{bits}'
+      )
+  return 'nothing is pruned or quantized'
 
 
 def _write(report: dict[str, Any], folder: pathlib.Path) -> None:

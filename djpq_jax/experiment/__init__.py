@@ -24,7 +24,7 @@ from djpq_jax import train
 from djpq_jax.experiment import deployment
 from djpq_jax.experiment import methods
 from djpq_jax.experiment import phases
-from djpq_jax.experiment import preview as preview_lib
+from djpq_jax.experiment import previewing
 from djpq_jax.experiment import setting
 from djpq_jax.experiment.deployment import load_artifact
 from djpq_jax.experiment.methods import METHODS
@@ -49,7 +49,7 @@ def float_model(config, progress: setting.Progress | None = None):
   """Trains a config's float model; returns it and its test accuracy."""
   this = setting.prepare(config, progress)
   model = phases.train_float(this, setting.dense_model(this))
-  return model, evaluation.evaluate(model, this.test_split)
+  return model, evaluation.evaluate(model, this.test_split, mesh=this.mesh())
 
 
 def check(config) -> None:
@@ -62,13 +62,13 @@ def check(config) -> None:
 
 
 def preview(config) -> dict[str, Any]:
-  """Checks a config and tells what it will be, see `preview.preview`.
+  """Checks a config and tells what it will be, see `previewing.preview`.
 
   Raises:
     ValueError: the config cannot work, as `run` would say.
   """
   this, model, net = _prepared(config, None)
-  return preview_lib.preview(this, model, net)
+  return previewing.preview(this, model, net)
 
 
 def run(
@@ -122,7 +122,7 @@ def run(
     if parallel.is_first():
       this.log = metrics.Log(workdir, tensorboard=config.tensorboard)
   model = trained or phases.train_float(this, model)
-  float_accuracy = evaluation.evaluate(model, this.test_split)
+  float_accuracy = evaluation.evaluate(model, this.test_split, mesh=this.mesh())
   net = METHODS[config.method](this, model)
   train.check_alive(net, this.sample())
   net = phases.finetune(this, net, model)

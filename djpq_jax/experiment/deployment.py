@@ -77,7 +77,7 @@ def deploy(run: setting.Run, hardened, workdir, float_accuracy, start):
 def _predictions(hardened, run: setting.Run) -> np.ndarray:
   """What the integers predict; `djpq evaluate` gets the same, bit for bit."""
   simulated = integer.lower(hardened, 'simulated')
-  return evaluation.predictions(simulated, run.test_split)
+  return evaluation.predictions(simulated, run.test_split, mesh=run.mesh())
 
 
 def load_artifact(folder, spec=None):

@@ -17,8 +17,7 @@ UNQUANTIZED = compress.Rule(pattern='*', quantize=False)
 def djpq(run: setting.Run, model) -> compress.Compressed:
   """Searches channels and bits together, then carries the plan out."""
   config = run.config
-  net = phases.compressed(run, model)
-  compress.restrict(net, config.bit_choices)
+  net = _with_bits(run, model)
   net = phases.search(
     run, net, model, budgets=run.budgets, epochs=config.search.epochs
   )
@@ -26,6 +25,13 @@ def djpq(run: setting.Run, model) -> compress.Compressed:
   if config.finetune.rewind:
     net = _rewound(net, phases.compressed(run, model))
   return compress.freeze(net, plan, run.sample())
+
+
+def _with_bits(run: setting.Run, model, rules=()) -> compress.Compressed:
+  """What a search that learns bits begins with."""
+  net = phases.compressed(run, model, rules)
+  compress.restrict(net, run.config.bit_choices)
+  return net
 
 
 def _rewound(
@@ -59,8 +65,7 @@ def two_stage(run: setting.Run, model) -> compress.Compressed:
   structure = net.structure
   left = allocate.relative_bops(structure, first)
   pruned = compress.fold_gates(compress.freeze(net, first, run.sample()))
-  net = phases.compressed(run, pruned, [UNPRUNED])
-  compress.restrict(net, config.bit_choices)
+  net = _with_bits(run, pruned, [UNPRUNED])
   budget = config.budget / left
   net = phases.search(run, net, model, budgets={'bops': budget}, epochs=epochs)
   second = allocate.plan(net, budget, config.bit_choices or None)
@@ -78,6 +83,14 @@ def two_stage(run: setting.Run, model) -> compress.Compressed:
     ),
   )
   return net
+
+
+def before_search(run: setting.Run, model) -> list[compress.Compressed]:
+  """What each search of a method begins with, as if none had pruned yet."""
+  if run.config.method == 'two_stage':
+    first = phases.compressed(run, model, [UNQUANTIZED])
+    return [first, _with_bits(run, model, [UNPRUNED])]
+  return [_with_bits(run, model)]
 
 
 def uniform(run: setting.Run, model) -> compress.Compressed:

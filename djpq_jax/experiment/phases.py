@@ -46,19 +46,23 @@ def _how(run: setting.Run) -> dict[str, Any]:
 
 def train_float(run: setting.Run, model):
   """Trains the model before it is compressed."""
-  phase = run.config.float
-  steps = run.steps(phase.epochs)
+  steps = run.steps(run.epochs()['float'])
   if not steps:
     return model
-  objective = train.Objective(smoothing=phase.smoothing)
-  state = train.init(
+  state = float_state(run, model, steps=steps)
+  return running.run_phase(run, 'float', state, steps)
+
+
+def float_state(run: setting.Run, model, *, steps: int) -> train.TrainState:
+  """The state that the float training begins with."""
+  phase = run.config.float
+  return train.init(
     model,
-    objective,
-    _optimizer(phase, steps),
+    train.Objective(smoothing=phase.smoothing),
+    _optimizer(phase, max(1, steps)),
     seed=run.config.seed,
     **_how(run),
   )
-  return running.run_phase(run, 'float', state, steps)
 
 
 def compressed(run: setting.Run, model, rules=()) -> compress.Compressed:
@@ -149,25 +153,32 @@ def _tightest(model, budgets):
 
 def finetune(run: setting.Run, model: compress.Compressed, teacher):
   """Trains what is left, at its bits; then re-estimates batch norm."""
-  phase = run.config.finetune
   steps = run.steps(run.epochs()['finetune'])
-  objective = train.Objective(
-    smoothing=phase.smoothing,
-    distill=phase.distill,
-    temperature=phase.temperature,
-  )
-  state = train.init(
-    model,
-    objective,
-    _optimizer(phase, max(1, steps)),
-    seed=run.config.seed + 2,
-    teacher=teacher if phase.distill else None,
-    **_how(run),
-  )
+  state = finetune_state(run, model, teacher, steps=steps)
   model = running.run_phase(run, 'finetune', state, steps)
   train.check_alive(model, run.sample())
   batch_at = run.batches(run.config.seed * 10 + 9)
   count = run.config.statistics_batches
   return evaluation.estimate_statistics(
     model, (batch_at(i)['image'] for i in range(count))
+  )
+
+
+def finetune_state(
+  run: setting.Run, model: compress.Compressed, teacher, *, steps: int
+) -> train.TrainState:
+  """The state that the finetuning begins with."""
+  phase = run.config.finetune
+  objective = train.Objective(
+    smoothing=phase.smoothing,
+    distill=phase.distill,
+    temperature=phase.temperature,
+  )
+  return train.init(
+    model,
+    objective,
+    _optimizer(phase, max(1, steps)),
+    seed=run.config.seed + 2,
+    teacher=teacher if phase.distill else None,
+    **_how(run),
   )

@@ -174,6 +174,12 @@ def prepare(config, progress: Progress | None = None) -> Run:
       'method two_stage needs a budget, and two_stage_macs between 0 and 1; '
       f'got {config.budget} and {macs}'
     )
+  bits = config.uniform_bits
+  if config.method == 'uniform' and [type(b) for b in bits] != [int, int]:
+    raise ValueError(
+      'uniform_bits takes two whole numbers, of weights and of activations; '
+      f'got {bits}'
+    )
   for name in ('float', 'search', 'finetune'):
     phase = config[name]
     optim.OptimizerConfig(**phase.optimizer)  # checks itself

@@ -1,11 +1,12 @@
 """Where torch keeps the weights of each module here.
 
 Models whose attributes bear torch's names need no entry: the CIFAR and the
-ImageNet ResNets.  The others follow torchvision (MobileNetV2, VGG), timm (ViT)
-and the port that EfficientNet-Lite0's weights were released with.
+ImageNet ResNets.  The others follow torchvision (MobileNetV2, VGG), timm or
+torchvision, as a file does (ViT), and the port that EfficientNet-Lite0's
+weights were released with.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -35,16 +36,22 @@ class Source(NamedTuple):
   parts: int = 1
 
 
-def sources(model) -> dict[str, Source]:
-  """'/'-joined path -> source, where they differ; {} for all other models."""
+def layouts(model) -> Iterable[dict[str, Source]]:
+  """The ways to name a model's tensors, the usual one first.
+
+  Each is a '/'-joined path -> source, where they differ; {} for models whose
+  attributes bear torch's names.
+  """
   for kind, find in _FINDERS.items():
     if isinstance(model, kind):
-      found = find(model)
-      return {
-        path: Source(name) if isinstance(name, str) else name
-        for path, name in found.items()
-      }
-  return {}
+      return [
+        {
+          path: Source(name) if isinstance(name, str) else name
+          for path, name in found.items()
+        }
+        for found in find(model)
+      ]
+  return [{}]
 
 
 def _pair(path, conv, norm):
@@ -64,7 +71,7 @@ def _mobilenet_v2(model):
     names |= _pair(f'blocks/{i}/project', f'{conv}.{j}', f'{conv}.{j + 1}')
   last = f'features.{len(model.blocks) + 1}'
   names |= _pair('head', f'{last}.0', f'{last}.1')
-  return names | {'classifier': 'classifier.1'}
+  yield names | {'classifier': 'classifier.1'}
 
 
 def _efficientnet_lite(model):
@@ -76,7 +83,7 @@ def _efficientnet_lite(model):
         f'blocks/{i}/{part}', f'{block}_{part}_conv', f'{block}_bn{j}'
       )
   names |= _pair('head', '_conv_head', '_bn1')
-  return names | {'classifier': '_fc'}
+  yield names | {'classifier': '_fc'}
 
 
 def _vgg(model):
@@ -96,7 +103,7 @@ def _vgg(model):
     split = value.reshape(-1, *model.map_shape)
     return split.transpose(0, 2, 3, 1).reshape(len(value), -1)
 
-  return names | {
+  yield names | {
     'fc1': Source('classifier.0', channels_last),
     'fc2': 'classifier.3',
     'fc3': 'classifier.6',
@@ -104,6 +111,13 @@ def _vgg(model):
 
 
 def _vision_transformer(model):
+  yield _vit_of_timm(model)
+  # Older files have the second pair; torchvision renames it as it loads them.
+  for layers in (('mlp.0', 'mlp.3'), ('mlp.linear_1', 'mlp.linear_2')):
+    yield _vit_of_torchvision(model, layers)
+
+
+def _vit_of_timm(model):
   names: dict[str, str | Source] = {
     'patches': 'patch_embed.proj',
     'class_token': 'cls_token',
@@ -111,7 +125,7 @@ def _vision_transformer(model):
   }
   for i in range(len(model.blocks)):
     ours, theirs = f'blocks/{i}', f'blocks.{i}'
-    for j, operand in enumerate(('query', 'key', 'value')):
+    for j, operand in enumerate(OPERANDS):
       names[f'{ours}/attention/{operand}'] = Source(
         f'{theirs}.attn.qkv', _third(j), parts=3
       )
@@ -121,12 +135,40 @@ def _vision_transformer(model):
   return names
 
 
+def _vit_of_torchvision(model, layers):
+  names: dict[str, str | Source] = {
+    'patches': 'conv_proj',
+    'positions': 'encoder.pos_embedding',
+    'norm': 'encoder.ln',
+    'head': 'heads.head',
+  }
+  for i in range(len(model.blocks)):
+    ours, theirs = f'blocks/{i}', f'encoder.layers.encoder_layer_{i}'
+    attention = f'{theirs}.self_attention'
+    for j, operand in enumerate(OPERANDS):
+      # Parameters of the attention itself, not of a layer in it.
+      for leaf, name in (('kernel', 'weight'), ('bias', 'bias')):
+        names[f'{ours}/attention/{operand}/{leaf}'] = Source(
+          f'{attention}.in_proj_{name}', _third(j), parts=3
+        )
+    names[f'{ours}/attention/out'] = f'{attention}.out_proj'
+    names[f'{ours}/norm1'] = f'{theirs}.ln_1'
+    names[f'{ours}/norm2'] = f'{theirs}.ln_2'
+    names[f'{ours}/fc1'] = f'{theirs}.{layers[0]}'
+    names[f'{ours}/fc2'] = f'{theirs}.{layers[1]}'
+  return names
+
+
+OPERANDS = ('query', 'key', 'value')  # in the order of torch's one layer
+
+
 def _third(index):
   """Outputs of one of three layers that torch keeps as one."""
   return lambda value: np.split(value, 3)[index]
 
 
-_FINDERS = {
+# Each yields the layouts of a model.
+_FINDERS: dict[type, Callable[..., Iterable[dict[str, str | Source]]]] = {
   mobilenet.MobileNetV2: _mobilenet_v2,
   efficientnet.EfficientNetLite0: _efficientnet_lite,
   vgg.VGG: _vgg,

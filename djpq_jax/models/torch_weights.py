@@ -3,9 +3,9 @@
 Neither torch nor the code that a file may carry is ever run.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 import pathlib
-from typing import Any
+from typing import Any, TypeAlias
 
 from flax import nnx
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from djpq_jax.models import torch_files
 from djpq_jax.models import torch_names
 
 WeightsError = torch_files.WeightsError
+_Placed: TypeAlias = tuple[str, torch_names.Source, Any]  # and the variable
 
 # Variables of layers and norms, by torch's names.
 _NAMES = {
@@ -61,11 +62,17 @@ def read_state_dict(path) -> dict[str, np.ndarray]:
   return arrays
 
 
-def shapes(model) -> dict[str, tuple[int, ...]]:
-  """Name -> shape of each tensor that the model takes, in torch's order."""
+def shapes(model, given: Container[str] = ()) -> dict[str, tuple[int, ...]]:
+  """Name -> shape of each tensor that the model takes, in torch's order.
+
+  Args:
+    model: an nnx model.
+    given: names of a file; of several ways to name the tensors, that one is
+      told which has the most of them.
+  """
   return {
     name: (source.parts * first, *rest)
-    for name, source, variable in _placed(model)
+    for name, source, variable in _placed(model, given)
     for first, *rest in [_torch_order(variable.shape)]
   }
 
@@ -85,7 +92,7 @@ def assign(model, arrays: Mapping[str, np.ndarray]) -> None:
     WeightsError: a tensor is missing, of another shape, or left over; it is
       named, and the model is as before.
   """
-  needed = shapes(model)
+  needed = shapes(model, arrays)
   for name, shape in needed.items():
     if name not in arrays:
       raise WeightsError(f'the weights lack {name}{_count(needed, arrays)}')
@@ -100,7 +107,7 @@ def assign(model, arrays: Mapping[str, np.ndarray]) -> None:
       raise WeightsError(
         f'the model has no place for {name}{_count(arrays, known)}'
       )
-  for name, source, variable in _placed(model):
+  for name, source, variable in _placed(model, arrays):
     value = _here(source.part(arrays[name]))
     variable.set_value(jnp.asarray(value, variable.dtype))
 
@@ -111,9 +118,16 @@ def _count(wanted, known) -> str:
   return f' and {more} more' if more else ''
 
 
-def _placed(model) -> Iterator[tuple[str, torch_names.Source, Any]]:
+def _placed(model, given: Container[str]) -> list[_Placed]:
+  """Each variable with its torch tensor's name, in the layout of `given`."""
+  found = [list(_named(model, s)) for s in torch_names.layouts(model)]
+  return max(found, key=lambda rows: sum(name in given for name, *_ in rows))
+
+
+def _named(
+  model, sources: Mapping[str, torch_names.Source]
+) -> Iterator[_Placed]:
   """Each variable with its torch tensor's name."""
-  sources = torch_names.sources(model)
   kinds = (nnx.Param, nnx.BatchStat)
   for path, variable in nnx.to_flat_state(nnx.state(model, kinds)):
     *module, leaf = map(str, path)

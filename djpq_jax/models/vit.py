@@ -1,7 +1,8 @@
 """The vision transformer, ViT-S/16 by default  [Dosovitskiy et al. 2020].
 
 Epsilons, the exact gelu and the order of norms are timm's
-(`vit_small_patch16_224`); torchvision has no ViT of this size.
+(`vit_small_patch16_224`) and torchvision's, which has no ViT of this size.
+Weights are read under the names of either.
 """
 
 from collections.abc import Sequence

@@ -7,11 +7,13 @@
       240/...
 
 Orbax writes a step under another name and renames it when all of it is there,
-so that a half-written one is never found.  A checksum goes with each state: a
-disk that changed a bit would change the run.  The teacher is not saved: it
-does not change, and whoever resumes has it.
+so that a half-written one is never found.  What else bears the name of a step
+is none (see `_Committed`).  A checksum goes with each state: a disk that
+changed a bit would change the run.  The teacher is not saved: it does not
+change, and whoever resumes has it.
 """
 
+from collections.abc import Iterator
 import dataclasses
 from typing import Any
 
@@ -55,6 +57,7 @@ class Checkpoints:
       best_fn=_accuracy if keep_best else None,
       cleanup_tmp_directories=True,
       enable_async_checkpointing=True,
+      step_name_format=_Committed(),
     )
     self._manager = ocp.CheckpointManager(folder, options=options)
 
@@ -148,6 +151,41 @@ class Checkpoints:
     if before:
       return f'delete it to go on from {max(before)}'
     return 'delete it to begin this phase anew'
+
+
+class _Committed(ocp.path.step.NameFormat):
+  """The steps that orbax says it has finished; named 0, 1, 2...
+
+  Orbax itself takes every folder with the name of a number for a step: an empty
+  one that somebody made, or a part of one that a copy has left.  Such a folder
+  would be resumed from if its number were the highest, and it would count
+  among those to keep in place of a whole one.
+  """
+
+  def __init__(self):
+    self._names = ocp.path.step.standard_name_format()
+
+  def build_name(self, step: int) -> str:
+    """The name of a step's folder."""
+    return self._names.build_name(step)
+
+  def find_all(self, base_path) -> Iterator[ocp.path.step.Metadata]:
+    """All finished steps."""
+    return filter(_is_committed, self._names.find_all(base_path))
+
+  def find_step(self, base_path, step: int) -> ocp.path.step.Metadata:
+    """One of them; ValueError if it is none."""
+    found = self._names.find_step(base_path, step)
+    if not _is_committed(found):
+      raise ValueError(f'{found.path} is no checkpoint')
+    return found
+
+
+def _is_committed(found: ocp.path.step.Metadata) -> bool:
+  """Whether orbax has written down when all of a step was there."""
+  # Asked for first, since orbax warns about every file that it does not find.
+  there = (found.path / '_CHECKPOINT_METADATA').exists()
+  return there and found.commit_timestamp_nsecs is not None
 
 
 def _accuracy(metrics) -> float:
