@@ -58,6 +58,25 @@ def comparison(name: str) -> str:
   return f'{compare.table(found["runs"])}\n\n{_made(found)}'
 
 
+def alignment() -> str:
+  """What channels in multiples cost, and which are left with one seed."""
+  found = _result('alignment')
+  rows = []
+  for name, runs in compare.grouped(found['runs']).items():
+    accuracy = [f'{run["accuracy"]:.2%}' for run in runs]
+    relative = sum(run['relative_bops'] for run in runs) / len(runs)
+    layers = runs[0]['layers'][:-1]  # the classes stay
+    kept = ', '.join(str(outputs) for _, _, outputs, *_ in layers)
+    mean = sum(run['accuracy'] for run in runs) / len(runs)
+    rows.append(
+      [name, f'{mean:.2%}', ', '.join(accuracy), f'{relative:.4%}', kept]
+    )
+  head = (
+    'contestant | mean accuracy | of each seed | BOPs | channels, first seed'
+  )
+  return compare.markdown(head, rows) + _made(found)
+
+
 def reliability() -> str:
   """Of each contestant, how many seeds failed, and the worst of the others."""
   found = _result('reliability')
@@ -268,6 +287,7 @@ def text(name: str) -> str:
   """The block of a name."""
   special = {
     'demo': demo,
+    'alignment': alignment,
     'reliability': reliability,
     'inference': inference,
     'inference_resnet18': lambda: inference('inference_resnet18'),

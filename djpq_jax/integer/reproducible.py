@@ -29,8 +29,9 @@ _PRODUCTS = {'mul', 'square', 'integer_pow'}
 def reproducible(function: Callable) -> Callable:
   """A function of arrays that computes the same, with one way to round it.
 
-  Transcendental functions, divisions by what is not a constant, and float
-  convolutions and dots stay as they are: their last bit is the platform's.
+  Transcendental functions, divisions by what is not a constant, float
+  convolutions and dots, and what is in loops and branches stay as they are:
+  their last bit is the platform's.
 
   Args:
     function: traceable; its results are arrays.
