@@ -97,6 +97,9 @@ def test_keep_best_ends_with_the_best_look(
     else:
       found, _ = experiment.float_model(config)
     found = nnx.to_pure_dict(nnx.state(found, nnx.Param))
+    if saved:  # with the statistics in them, see harden
+      del found['bn'], seen[best]['bn']
+    assert found
     jax.tree.map(np.testing.assert_array_equal, found, seen[best])
 
 

@@ -141,6 +141,37 @@ def test_the_frozen_model_is_left_as_it_was():
   jax.tree.map(np.testing.assert_array_equal, after, before)
 
 
+@pytest.mark.parametrize('epsilon', [1e-5, 1e-3, 0.3])
+def test_a_batch_norm_is_one_product_and_one_sum(epsilon):
+  _, frozen, _ = build('flatten')
+  frozen = nnx.clone(frozen)
+  was = frozen.model.bn
+  was.epsilon = epsilon
+  rng = np.random.default_rng(4)
+  for variable in (was.mean, was.var, was.scale, was.bias):
+    shape = variable[...].shape
+    variable.set_value(jnp.asarray(rng.uniform(0.5, 2, shape), jnp.float32))
+  norm = harden.harden(frozen).model.bn
+  np.testing.assert_array_equal(norm.mean[...], 0)
+  np.testing.assert_array_equal(norm.var[...] + jnp.float32(epsilon), 1)
+  x = jnp.asarray(rng.normal(size=(4, *was.mean[...].shape)), jnp.float32)
+  factor, summand = norm.scale[...][None], norm.bias[...][None]
+  found = norm(x, use_running_average=True)
+  np.testing.assert_allclose(found, x * factor + summand, rtol=1e-6)
+  wanted = was(x, use_running_average=True)
+  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_norm_without_a_place_for_its_statistics_keeps_them():
+  _, frozen, _ = build('flatten')
+  frozen = nnx.clone(frozen)
+  frozen.model.bn.bias = nnx.data(None)
+  norm = harden.harden(frozen).model.bn
+  for name in ('mean', 'var', 'scale'):
+    was = getattr(frozen.model.bn, name)
+    np.testing.assert_array_equal(getattr(norm, name)[...], was[...])
+
+
 def test_bits_are_counted_from_what_is_there():
   """Not from the plan: smaller integers are cheaper integers."""
   plan, _, hardened = build('flatten')
