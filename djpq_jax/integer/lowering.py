@@ -67,7 +67,9 @@ class IntegerModel(harden.HardenedModel):
     return call(*args, **kwargs)
 
 
-def lower(model: harden.HardenedModel, execution: str = 'int8') -> IntegerModel:
+def lower(
+  model: harden.HardenedModel, execution: str = 'int8'
+) -> harden.HardenedModel:
   """Makes a hardened model run on its integers.
 
   Between layers the model computes in float32: batch norm, activations,
