@@ -3,10 +3,11 @@ r"""What a compressed training step costs over the float step of the same model.
     python benchmarks/step_cost.py --models resnet20 resnet56 --batches 128 \\
         --out benchmarks/results/step_cost.json
 
-The float step, the search's and the finetuning's take turns in one process, on
-random images; the ratio of their medians counts.  With them come compile times
-and the memory that XLA plans: for all of a step, and for temporaries alone.  On
-a GPU, as ImageNet is trained:
+The float step, the search's, those of both stages of the two-stage control (of
+gates and of bits alone) and the finetuning's, which is that of the uniform
+controls too, take turns in one process, on random images; the ratio of their
+medians counts.  With them come compile times and the memory that XLA plans: for
+all of a step, and for temporaries alone.  On a GPU, as ImageNet is trained:
 
     python benchmarks/step_cost.py --models resnet18 --size 224 --batches 256 \\
         --dtype bfloat16 --steps 50 --out benchmarks/results/step_cost.json
@@ -29,6 +30,7 @@ from djpq_jax import compress
 from djpq_jax import models
 from djpq_jax import optim
 from djpq_jax import train
+from djpq_jax.experiment import methods
 
 WARM_UP = 2  # steps that do not count
 
@@ -78,18 +80,23 @@ def random_batch(model, count: int) -> dict[str, np.ndarray]:
 def measure(
   name: str, size: int | None, count: int, steps: int, dtype: str
 ) -> list[dict]:
-  """The three phases of one model at one batch size."""
+  """The steps of one model at one batch size."""
   kwargs: Any = {'input_shape': (size, size, 3)} if size else {}
   model = models.create(name, **kwargs)
   batch = jax.device_put(random_batch(model, count))
-  net = compress.compress(model, (), batch['image'][:8])
+  sample = batch['image'][:8]
+  net = compress.compress(model, (), sample)
+  gated = compress.compress(model, [methods.UNQUANTIZED], sample)
+  quantized = compress.compress(model, [methods.UNPRUNED], sample)
   controller = budget_lib.Controller(budget=0.01, start=0.06, steps=1000)
   plan = allocate.uniform(net, 4, 4)
-  frozen = compress.freeze(net, plan, batch['image'][:8])
+  frozen = compress.freeze(net, plan, sample)
   objective = train.Objective(noisy=True, controller=controller)
   contestants = {
     'float': Contestant(model, train.Objective(), batch, dtype),
     'search': Contestant(net, objective, batch, dtype),
+    'gates alone': Contestant(gated, objective, batch, dtype),
+    'bits alone': Contestant(quantized, objective, batch, dtype),
     'finetune': Contestant(frozen, train.Objective(), batch, dtype),
   }
   for _ in range(steps + WARM_UP):
