@@ -39,6 +39,11 @@ FROM_8_BITS = {'search': {'bits': 8.0, 'ramp': 0.7}}
 ABLATIONS = {
   'from 8 bits': FROM_8_BITS,
   'from 8 bits, rewound': FROM_8_BITS | {'finetune': {'rewind': True}},
+  # The rate of the weights falls once, not in the search and then again.
+  'one schedule': {
+    'search': {'optimizer': {'anneal': False}},
+    'finetune': {'optimizer': {'warmup': 0.0}},
+  },
   'without teacher': {'search': {'distill': 0.0}, 'finetune': {'distill': 0.0}},
 }
 # Likewise, by a rule for all layers after those of the experiment.

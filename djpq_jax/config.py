@@ -108,6 +108,7 @@ def _optimizer() -> dict[str, Any]:
     'weight_decay': 1e-4,
     'momentum': 0.9,
     'warmup': 0.05,
+    'anneal': True,
     'quantizer_rate': 1e-2,
     'gate_rate': 3e-2,
     'clip_norm': 5.0,

@@ -25,6 +25,7 @@ class OptimizerConfig:
     weight_decay: decay of kernels; biases and norm scales have none.
     momentum: of sgd.
     warmup: fraction of the steps with a linearly rising rate.
+    anneal: whether the rate of the weights falls to zero after that.
     quantizer_rate: peak Adam rate of log clips, steps and exponents.
     gate_rate: peak Adam rate of the log variances of gates.
     clip_norm: largest global norm of the weights' gradients.
@@ -37,6 +38,7 @@ class OptimizerConfig:
   weight_decay: float = 1e-4
   momentum: float = 0.9
   warmup: float = 0.05
+  anneal: bool = True
   quantizer_rate: float = 1e-2
   gate_rate: float = 3e-2
   clip_norm: float = 5.0
@@ -80,9 +82,17 @@ def cosine(rate: float, steps: int, warmup: float) -> optax.Schedule:
   )
 
 
+def constant(rate: float, steps: int, warmup: float) -> optax.Schedule:
+  """The same rise, then the rate itself."""
+  rise = round(warmup * steps)
+  return optax.linear_schedule(rate / 10 if rise else rate, rate, rise)
+
+
 def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
   """One chain per kind, for params as `split` gives them."""
-  schedule = cosine(config.learning_rate, steps, config.warmup)
+  schedule = (cosine if config.anneal else constant)(
+    config.learning_rate, steps, config.warmup
+  )
   decay = optax.add_decayed_weights(config.weight_decay, mask=_is_kernel)
   if config.name == 'adam':
     rule = [_flattened(optax.scale_by_adam()), decay]
