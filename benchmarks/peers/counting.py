@@ -33,6 +33,34 @@ def bops(made) -> tuple[float, float]:
   return total, dense
 
 
+def whole_tensors(kernels, inputs, weight_bits, act_bits, full=None) -> dict:
+  """What `bops` takes, of a network with one width for each tensor.
+
+  Args:
+    kernels: the shape of each layer's kernel, [kh, kw, in, out] or [in, out].
+    inputs: the shape of each layer's input, [height, width, in] or [in].
+    weight_bits: of each layer.
+    act_bits: of each layer's input.
+    full: (kernels, inputs) before channels were removed; what is missing of
+      them gets no bits.
+
+  >>> made = whole_tensors([(1, 2)], [(1,)], [4], [8], full=([(3, 2)], [(3,)]))
+  >>> made['act_bits0']
+  array([8., 0., 0.])
+  >>> bops(made)
+  (64.0, 6144.0)
+  """
+  made = {}
+  for name, shapes, bits, whole in (
+    ('weight_bits', kernels, weight_bits, full[0] if full else kernels),
+    ('act_bits', inputs, act_bits, full[1] if full else inputs),
+  ):
+    for k, shape in enumerate(shapes):
+      made[f'{name}{k}'] = np.zeros(whole[k])
+      made[f'{name}{k}'][tuple(slice(size) for size in shape)] = bits[k]
+  return made
+
+
 def _products(inputs, weights) -> float:
   """Sum over all multiplications of a layer; padding counts as its edge."""
   inputs = np.asarray(inputs, np.float64)

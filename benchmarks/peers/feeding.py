@@ -4,6 +4,9 @@ import numpy as np
 
 BATCH = 64
 TEMPERATURE = 2.0  # of the teacher, whose share in the loss is a half
+# As the finetuning of configs/digits.py, in which the controls are trained.
+RATE, WARMUP, CLIP_NORM, DECAY = 2e-3, 0.05, 5.0, 1e-4
+EPSILON = 1e-5  # of batch norm
 
 
 class Batches:
@@ -32,6 +35,14 @@ class Batches:
       which = shifts[rows]
       images, teacher = self.images[which, rows], self.teacher[which, rows]
       yield images, self.labels[rows], teacher
+
+
+def tiled(given) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """All training images in all shifts, their labels, the teacher's logits."""
+  images = given['shifted']
+  labels = np.tile(given['labels'], len(images))
+  teacher = given['teacher'].reshape(len(labels), -1)
+  return images.reshape(-1, *images.shape[2:]), labels, teacher
 
 
 def folded(given, layer: int) -> tuple[np.ndarray, np.ndarray]:

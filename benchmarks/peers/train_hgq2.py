@@ -6,16 +6,12 @@ documents recommend, weights have 'kbi' and inputs 'kif' quantizers, and
 that DJPQ begins with, batch norm folded in; a channel's integer bits cover its
 largest weight.
 
-HGQ2 has no budget but a coefficient, `beta`, of its own BOPs in the loss.  Its
-users train with several of them.  So does this: `beta` rises over the first
-part of a training to its value, and is then searched in its logarithm until
-BOPs are within a budget and near it.  A budget then gets the training that met
-it with the lowest loss on training images.  All trainings of a seed are shared
-by its budgets, and their number is reported.
+HGQ2 has no budget but a coefficient, `beta`, of its own BOPs in the loss.  It
+rises over the first part of a training to its value, which is searched for
+each budget, see searching.py.
 """
 
 import argparse
-import math
 import os
 
 os.environ['KERAS_BACKEND'] = 'jax'
@@ -30,14 +26,13 @@ from hgq.utils import trace_minmax
 import keras
 from keras import ops
 import numpy as np
+import searching
 
 RATE = 5e-3  # bits are learned at it, too: less, and they hardly move
 RISE = 0.3  # of the epochs, in which beta grows a hundredfold to its value
 WEIGHT_BITS, ACT_FRACTION = 4, 3  # to begin with; without the sign
-NEAR = 0.85  # of a budget is near enough
-FIRST_BETA = 1.35e-6  # for 0.2 %, as six trainings of seed 0 before had it
-SLOPE = 0.75  # BOPs fall about as beta to this power, as seen there
-LIMIT = 4  # trainings for one budget
+# For 0.2 %, and how BOPs fall, as six trainings of seed 0 before had it.
+SEARCH = searching.Search(first=1.35e-6, slope=0.75)
 
 
 class Epochs(keras.utils.PyDataset):
@@ -156,14 +151,11 @@ class Trainer:
       verbose=0,
       callbacks=[sugar.BetaScheduler(schedule)],
     )
-    return self.export() | {'beta': beta}
+    return self.export()
 
   def export(self) -> dict:
     """Logits, bits of every number, loss on training images, and BOPs."""
-    images = self.given['shifted']
-    teacher = self.given['teacher'].reshape(-1, 10)
-    labels = np.tile(self.given['labels'], len(images))
-    images = images.reshape(-1, *images.shape[2:])
+    images, labels, teacher = feeding.tiled(self.given)
     trace_minmax(self.model, images)
     made = {
       'logits': self.model.predict(self.given['test'], verbose=0),
@@ -181,50 +173,6 @@ class Trainer:
     return made | {'bops': counting.bops(made)[0]}
 
 
-def propose(runs, budget: float) -> float:
-  """The next coefficient: between two that enclose a budget, or beyond."""
-  wanted = math.sqrt(NEAR) * budget
-  if not runs:
-    return FIRST_BETA
-  above = [r for r in runs if r['bops'] > budget]
-  below = [r for r in runs if r['bops'] <= budget]
-  if above and below:
-    high = min(above, key=lambda r: r['bops'])
-    low = max(below, key=lambda r: r['bops'])
-    share = math.log(high['bops'] / wanted) / math.log(
-      high['bops'] / max(low['bops'], 1.0)
-    )
-    return high['beta'] * (low['beta'] / high['beta']) ** share
-  nearest = min(runs, key=lambda r: abs(math.log(max(r['bops'], 1) / budget)))
-  factor = (max(nearest['bops'], 1) / wanted) ** (1 / SLOPE)
-  return nearest['beta'] * min(4.0, max(0.25, factor))
-
-
-def search(trainer, budgets) -> list[dict]:
-  """Trainings until each budget has one near it; the best of each budget."""
-  runs: list[dict] = []
-  for budget in sorted(budgets, reverse=True):
-    for _ in range(LIMIT):
-      if any(NEAR * budget <= r['bops'] <= budget for r in runs):
-        break
-      runs.append(trainer(propose(runs, budget)))
-      found = runs[-1]
-      print(
-        f'beta {found["beta"]:.3g}: BOPs {found["bops"]:.4g}, wanted '
-        f'{budget:.4g}, loss {found["loss"]:.4f}',
-        flush=True,
-      )
-  return [best(runs, budget) | {'trainings': len(runs)} for budget in budgets]
-
-
-def best(runs, budget: float) -> dict:
-  """The lowest loss of what meets a budget, else what comes nearest to it."""
-  within = [run for run in runs if run['bops'] <= budget]
-  if within:
-    return min(within, key=lambda run: run['loss'])
-  return min(runs, key=lambda run: run['bops'])
-
-
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('given', help='a file of compare_peers.py')
@@ -236,7 +184,7 @@ def main():
   parser.add_argument('--seed', type=int, required=True)
   args = parser.parse_args()
   trainer = Trainer(dict(np.load(args.given)), args.epochs, args.seed)
-  for k, made in enumerate(search(trainer, args.targets)):
+  for k, made in enumerate(SEARCH(trainer, args.targets)):
     np.savez(f'{args.made}/{k}.npz', **made)
 
 

@@ -24,9 +24,6 @@ import optax
 import qwix
 from qwix._src.core import numerics
 
-# As the finetuning of configs/digits.py, in which the controls are trained.
-RATE, WARMUP, CLIP_NORM, DECAY = 2e-3, 0.05, 5.0, 1e-4
-EPSILON = 1e-5  # of batch norm
 PRODUCTS = ('conv_general_dilated', 'dot_general')
 
 
@@ -61,9 +58,11 @@ class Digits(nnx.Module):
       conv.kernel[...] = kernel
       self.convs.append(conv)
       scale, bias, mean, deviation = given[f'norm{k}']
-      norm = nnx.BatchNorm(len(scale), momentum=0.9, epsilon=EPSILON, rngs=rngs)
+      norm = nnx.BatchNorm(
+        len(scale), momentum=0.9, epsilon=feeding.EPSILON, rngs=rngs
+      )
       norm.scale[...], norm.bias[...] = scale, bias
-      norm.mean[...], norm.var[...] = mean, deviation**2 - EPSILON
+      norm.mean[...], norm.var[...] = mean, deviation**2 - feeding.EPSILON
       self.norms.append(norm)
     self.linear = nnx.Linear(*given['kernel4'].shape, rngs=rngs)
     self.linear.kernel[...] = given['kernel4']
@@ -99,12 +98,12 @@ def trained(given, rules, epochs: int, seed: int) -> Digits:
   graph, params, rest = nnx.split(model, nnx.Param, ...)
   steps = epochs * len(batches)
   optimizer = optax.chain(
-    optax.clip_by_global_norm(CLIP_NORM),
+    optax.clip_by_global_norm(feeding.CLIP_NORM),
     optax.adamw(
       optax.warmup_cosine_decay_schedule(
-        RATE / 10, RATE, round(WARMUP * steps), steps
+        feeding.RATE / 10, feeding.RATE, round(feeding.WARMUP * steps), steps
       ),
-      weight_decay=DECAY,
+      weight_decay=feeding.DECAY,
       mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree),
     ),
   )
