@@ -6,8 +6,8 @@ r"""Other libraries beside DJPQ on the digits, each in its own environment.
 A peer gets the same trained float model as DJPQ, the same images and shifts,
 the same teacher, and in each training as many epochs as DJPQ's search and
 finetuning take together.  What it returns, the bits of each weight and of each
-input, is counted here, see peers/counting.py.  One that learns bits has a row
-for each budget, one that does not has a row for each of FIXED_BITS.
+input, is counted here, see peers/counting.py.  A row is either a budget, which
+takes learned bits or pruning, or one of FIXED_BITS; brevitas has both.
 
 `.peers/` has an environment for each peer, made when it is first needed from
 peers/NAME.txt by pip, and the float models.  Nothing of them is needed by the
@@ -37,10 +37,22 @@ from djpq_jax import experiment
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = ROOT / 'benchmarks' / 'peers'
 MADE = ROOT / '.peers'
-PEERS = {'hgq2': 'HGQ2', 'qwix': 'qwix'}
-# Of peers that do not learn bits: those of the first layer, of those between,
-# and of the last.  DJPQ's controls leave the images eight, the last layer six.
+PEERS = {
+  'hgq2': 'HGQ2',
+  'qwix': 'qwix',
+  'brevitas': 'brevitas',
+  'nncf': 'torch-pruning + NNCF INT8',
+}
+NO_BUDGET = ('qwix',)
+# DJPQ's controls leave the images eight bits and the last layer six.  qwix is
+# told the bits of the first layer, of those between, and of the last; brevitas
+# those of the weights of each layer / of its inputs.
 FIXED_BITS = {
+  'brevitas': {
+    'W4A4': '4,4,4,4,6/8,4,4,4,6',
+    'W3A3': '3,3,3,3,6/8,3,3,3,6',
+    'W2A2': '2,2,2,2,6/8,2,2,2,6',
+  },
   'qwix': {
     'W8A8': '8,8,8',
     'W4A4': '4,4,4',
@@ -48,7 +60,7 @@ FIXED_BITS = {
     'W2A2': '2,2,2',
     'W3A3, first W8A8, last W6A6': '8,3,6',
     'W2A2, first W8A8, last W6A6': '8,2,6',
-  }
+  },
 }
 CONFIG = 'configs/digits.py'
 
@@ -125,18 +137,27 @@ def shifts(images: np.ndarray, reach: int) -> np.ndarray:
   )
 
 
-def contestants(peer: str, budgets: list[float], macs: int) -> dict[str, str]:
+def contestants(
+  peer: str, budgets: list[float], macs: int, names: list[str] | None = None
+) -> dict[str, str]:
   """Name -> target, as the script of the peer is told it.
 
   Args:
     peer: one of PEERS.
-    budgets: relative BOPs, for peers that learn bits.
+    budgets: relative BOPs, for peers that can be brought to them.
     macs: of the float model.
+    names: those of FIXED_BITS that are wanted; all of them unless given.
   """
-  if peer in FIXED_BITS:
-    return {f'{PEERS[peer]} {n}': bits for n, bits in FIXED_BITS[peer].items()}
-  full = 32 * 32 * macs
-  return {f'{PEERS[peer]} @{b:.3%}': str(b * full) for b in budgets}
+  fixed = FIXED_BITS.get(peer, {})
+  found = {
+    f'{PEERS[peer]} {name}': bits
+    for name, bits in fixed.items()
+    if names is None or name in names
+  }
+  if peer not in NO_BUDGET:
+    full = 32 * 32 * macs
+    found |= {f'{PEERS[peer]} @{b:.3%}': str(b * full) for b in budgets}
+  return found
 
 
 def trained(peer: str, config, targets: list[str], macs: int) -> list[dict]:
@@ -182,7 +203,10 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--peers', choices=list(PEERS), nargs='+', required=True)
   parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-  parser.add_argument('--budgets', type=float, nargs='+', default=[0.002])
+  parser.add_argument('--budgets', type=float, nargs='*', default=[0.002])
+  parser.add_argument(
+    '--fixed', nargs='*', help='names of FIXED_BITS; all unless given'
+  )
   parser.add_argument('--out', required=True, type=pathlib.Path)
   args = parser.parse_args()
   base = config_lib.load(CONFIG)
@@ -196,7 +220,7 @@ def main():
     }
     if args.out.exists():
       result = json.loads(args.out.read_text())
-    targets = contestants(peer, args.budgets, macs)
+    targets = contestants(peer, args.budgets, macs, args.fixed)
     done = {(r['contestant'], r['seed']) for r in result['runs']}
     left = [name for name in targets if (name, seed) not in done]
     if not left:

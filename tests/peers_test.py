@@ -18,6 +18,12 @@ def counting(monkeypatch):
 
 
 @pytest.fixture
+def searching(monkeypatch):
+  monkeypatch.syspath_prepend(BENCHMARKS)
+  return importlib.import_module('peers.searching')
+
+
+@pytest.fixture
 def compare_peers(monkeypatch):
   monkeypatch.syspath_prepend(BENCHMARKS)
   return importlib.import_module('compare_peers')
@@ -63,6 +69,52 @@ def test_what_has_no_bits_costs_nothing(counting):
   assert counting.bops(made)[0] == 5
 
 
+def test_bits_of_whole_tensors_cost_what_our_own_counter_says(counting):
+  made = counting.whole_tensors(
+    [(3, 3, 2, 5), (240, 10)], [(8, 6, 2), (240,)], [4, 6], [3, 7]
+  )
+  uses = [use('conv', 8 * 6 * 9 * 2 * 5, 4, 3), use('linear', 2400, 6, 7)]
+  assert counting.bops(made) == (cost.bops(uses), cost.float_bops(uses))
+
+
+def test_removed_channels_cost_nothing_and_stay_in_the_float_model(counting):
+  full = [(3, 3, 2, 8), (96, 10)], [(6, 4, 2), (96,)]
+  kept = [(3, 3, 2, 3), (36, 10)], [(6, 4, 2), (36,)]
+  made = counting.whole_tensors(*kept, [8, 8], [8, 8], full)
+  macs = 6 * 4 * 9 * 2 * 3 + 36 * 10
+  dense = 6 * 4 * 9 * 2 * 8 + 96 * 10
+  assert counting.bops(made) == (64 * macs, 1024 * dense)
+
+
+def made_by(coefficient):
+  """BOPs fall with the root of the coefficient, the loss rises with it."""
+  return {'bops': 1e4 / coefficient**0.5, 'loss': coefficient}
+
+
+@pytest.mark.parametrize('first', [0.01, 4.0, 5e4])
+def test_a_search_ends_near_a_budget_and_within_it(searching, first):
+  search = searching.Search(first=first, slope=0.6)
+  (found,) = search(made_by, [1e3])
+  assert 0.85e3 <= found['bops'] <= 1e3 or found['trainings'] == 4
+  assert found['bops'] == made_by(found['coefficient'])['bops']
+
+
+def test_a_search_of_a_right_guess_is_one_training(searching):
+  search = searching.Search(first=115.0, slope=0.5)
+  (found,) = search(made_by, [1e3])
+  assert found['trainings'] == 1
+
+
+def test_a_budget_takes_the_lowest_loss_within_it_not_the_nearest(searching):
+  runs = [
+    {'bops': 99, 'loss': 0.3},
+    {'bops': 80, 'loss': 0.2},
+    {'bops': 101, 'loss': 0.1},
+  ]
+  assert searching.best(runs, 100)['bops'] == 80
+  assert searching.best(runs, 50)['bops'] == 80  # what comes nearest to it
+
+
 def test_a_peer_of_learned_bits_is_told_the_bops_of_each_budget(compare_peers):
   found = compare_peers.contestants('hgq2', [0.002, 0.001], macs=1000)
   assert found == {'HGQ2 @0.200%': '2048.0', 'HGQ2 @0.100%': '1024.0'}
@@ -74,3 +126,18 @@ def test_a_peer_of_fixed_bits_has_the_same_contestants_at_any_budget(
   found = compare_peers.contestants('qwix', [0.002], macs=1000)
   assert found == compare_peers.contestants('qwix', [], macs=1)
   assert found['qwix W4A4'] == '4,4,4'
+
+
+def test_a_peer_can_have_both_fixed_bits_and_budgets(compare_peers):
+  found = compare_peers.contestants('brevitas', [0.005], macs=1000)
+  assert found['brevitas @0.500%'] == '5120.0'
+  weights, inputs = found['brevitas W2A2'].split('/')
+  assert weights.split(',') == ['2', '2', '2', '2', '6']
+  assert inputs.split(',') == ['8', '2', '2', '2', '6']
+
+
+def test_rows_of_fixed_bits_can_be_chosen(compare_peers):
+  found = compare_peers.contestants('brevitas', [], macs=1000, names=['W2A2'])
+  assert list(found) == ['brevitas W2A2']
+  found = compare_peers.contestants('brevitas', [0.005], macs=1000, names=[])
+  assert list(found) == ['brevitas @0.500%']
