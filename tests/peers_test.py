@@ -6,7 +6,9 @@ import pathlib
 import numpy as np
 import pytest
 
+from djpq_jax import config as config_lib
 from djpq_jax import cost
+from djpq_jax import models
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / 'benchmarks'
 
@@ -21,6 +23,13 @@ def counting(monkeypatch):
 def searching(monkeypatch):
   monkeypatch.syspath_prepend(BENCHMARKS)
   return importlib.import_module('peers.searching')
+
+
+@pytest.fixture
+def digits_torch(monkeypatch):
+  pytest.importorskip('torch', reason='peers have torch, the tests need none')
+  monkeypatch.syspath_prepend(BENCHMARKS / 'peers')
+  return importlib.import_module('digits_torch')
 
 
 @pytest.fixture
@@ -141,3 +150,25 @@ def test_rows_of_fixed_bits_can_be_chosen(compare_peers):
   assert list(found) == ['brevitas W2A2']
   found = compare_peers.contestants('brevitas', [0.005], macs=1000, names=[])
   assert list(found) == ['brevitas @0.500%']
+
+
+def test_the_network_in_torch_is_the_one_of_jax(digits_torch, compare_peers):
+  from torch import nn
+
+  model = models.create('digits_cnn', seed=0)
+  rng = np.random.default_rng(0)
+  for block in (model.block1, model.block2, model.block3, model.block4):
+    block.bn.var[...] = rng.uniform(0.5, 2, block.bn.var.shape)
+    block.bn.mean[...] = rng.normal(size=block.bn.mean.shape)
+  given = compare_peers.arrays(model, config_lib.load('configs/digits.py'))
+  found = digits_torch.Digits(
+    given,
+    conv=lambda k, into, out: nn.Conv2d(into, out, 3, padding=1, bias=False),
+    linear=nn.Linear,
+    relu=lambda k: nn.ReLU(),
+    entry=nn.Identity(),
+  )
+  logits = digits_torch.logits(found, given['shifted'][0])
+  np.testing.assert_allclose(logits, given['teacher'][0], atol=1e-4)
+  macs = [18_432, 589_824, 294_912, 589_824, 10_240]
+  assert digits_torch.macs(found, 8) == macs
