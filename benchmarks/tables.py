@@ -140,27 +140,33 @@ def layer_profile() -> str:
 PROFILED = ('dequantized', 'float', 'int8')
 
 
+STEPS = ('float', 'search', 'gates alone', 'bits alone', 'finetune')
+
+
 def step_cost() -> str:
   """What a step of each phase takes of the float step."""
   found = _result('step_cost')
-  runs = found['runs']
   rows = []
-  for phases in zip(runs[::3], runs[1::3], runs[2::3], strict=True):
-    one = phases[0]
-    assert [p['phase'] for p in phases] == ['float', 'search', 'finetune']
+  for k in range(0, len(found['runs']), len(STEPS)):
+    run = found['runs'][k : k + len(STEPS)]
+    assert tuple(step['phase'] for step in run) == STEPS
+    one = run[0]
     cells = [
       one['model'],
-      ' x '.join(map(str, one['input_shape'])),
+      'x'.join(map(str, one['input_shape'])),
       str(one['batch']),
       f'{1e3 * one["step_seconds"]:.0f} ms',
-      *(f'{p["over_float"]:.2f}x' for p in phases[1:]),
-      ' / '.join(f'{p["compile_seconds"]:.1f}' for p in phases),
-      ' / '.join(f'{p["temporaries_MB"]:.0f}' for p in phases),
+      *(f'{step["over_float"]:.2f}x' for step in run[1:]),
+    ]
+    shown = [step for step in run if 'alone' not in step['phase']]
+    cells += [
+      ' / '.join(f'{step["compile_seconds"]:.0f}' for step in shown),
+      ' / '.join(f'{step["temporaries_MB"]:.0f}' for step in shown),
     ]
     rows.append(cells)
   head = (
-    'model | image | batch | float step | search | finetuning | compile, s '
-    '| temporaries, MB'
+    'model | image | batch | float step | search | gates alone | bits alone '
+    '| finetuning | compile, s | temporaries, MB'
   )
   return compare.markdown(head, rows) + _made(found)
 
