@@ -34,17 +34,23 @@ CONTROLS = {
   'W3A3': {'method': 'uniform', 'uniform_bits': (3, 3)},
   'W2A2': {'method': 'uniform', 'uniform_bits': (2, 2)},
 }
-# What a search does otherwise, alone; each is a contestant 'DJPQ NAME @BUDGET'.
+# What is done otherwise, each alone: a contestant 'DJPQ NAME @BUDGET'.
 FROM_8_BITS = {'search': {'bits': 8.0, 'ramp': 0.7}}
-ABLATIONS = {
+ABLATIONS: dict[str, dict[str, Any]] = {
   'from 8 bits': FROM_8_BITS,
   'from 8 bits, rewound': FROM_8_BITS | {'finetune': {'rewind': True}},
+  'rewound': {'finetune': {'rewind': True}},
+  'without teacher': {'search': {'distill': 0.0}, 'finetune': {'distill': 0.0}},
   # The rate of the weights falls once, not in the search and then again.
   'one schedule': {
     'search': {'optimizer': {'anneal': False}},
     'finetune': {'optimizer': {'warmup': 0.0}},
   },
-  'without teacher': {'search': {'distill': 0.0}, 'finetune': {'distill': 0.0}},
+  'a fast ramp': {'search': {'ramp': 0.1}},
+  'KL 1e-4': {'search': {'kl_weight': 1e-4}},
+  'KL 1e-3': {'search': {'kl_weight': 1e-3}},
+  'statistics of the training': {'statistics_batches': 0},
+  'without rules': {'rules': ()},
 }
 # Likewise, by a rule for all layers after those of the experiment.
 RULES = {
