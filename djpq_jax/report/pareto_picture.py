@@ -38,8 +38,7 @@ def plot_pareto(
 
   figure = style.figure('Accuracy against bit operations', 4.6)
   axes = figure.subplots()
-  colours = (style.BLUE, style.RED, style.GREEN, style.ORANGE)
-  colours += (style.PURPLE,)
+  colours = [style.BLUE, style.RED, style.GREEN, style.ORANGE, style.PURPLE]
   for number, (name, points) in enumerate(curves.items()):
     points = sorted(points, key=lambda point: point['relative_bops'])
     axes.errorbar(
