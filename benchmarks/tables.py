@@ -58,6 +58,54 @@ def comparison(name: str) -> str:
   return f'{compare.table(found["runs"])}\n\n{_made(found)}'
 
 
+HEADLINES = {
+  'digits': 'digits',
+  'ResNet-20, CIFAR-10': 'resnet20_cifar10',
+}
+
+
+def headline() -> str:
+  """DJPQ at each budget, two-stage at the same, and the nearest uniform bits.
+
+  Uniform bits cannot meet a budget: theirs are the fewest that cost as much.
+  """
+  rows = []
+  for task, name in HEADLINES.items():
+    groups = compare.grouped(_result(name)['runs'])
+    bops = {n: _mean(runs, 'relative_bops') for n, runs in groups.items()}
+    for contestant, runs in groups.items():
+      budget = re.fullmatch(r'DJPQ (@.*)', contestant)
+      if not budget:
+        continue
+      own = bops[contestant]
+      staged = [n for n in groups if _is_two_stage(n, budget[1])]
+      uniform = [n for n in groups if re.fullmatch(r'W\dA\d', n)]
+      uniform = [n for n in uniform if bops[n] > 0.99 * own]
+      others = [
+        min(uniform, key=lambda n: bops[n]) if uniform else None,
+        *(staged or [None]),
+      ]
+      cells = [_accuracy(groups[n]) if n else '' for n in others]
+      if uniform:
+        cells[0] = f'{others[0]}: {cells[0]} at {bops[others[0]]:.2%}'
+      rows.append([task, f'{own:.3%}', _accuracy(runs), *reversed(cells)])
+  head = 'task | BOPs | DJPQ | two-stage | the fewest uniform bits above'
+  return compare.markdown(head, rows)
+
+
+def _is_two_stage(name: str, budget: str) -> bool:
+  return bool(re.fullmatch(rf'two-stage( \d+% MACs)? {budget}', name))
+
+
+def _mean(runs: list[dict], key: str) -> float:
+  return sum(run[key] for run in runs) / len(runs)
+
+
+def _accuracy(runs: list[dict]) -> str:
+  seeds = f'{len(runs)} seeds' if len(runs) > 1 else '1 seed'
+  return f'{_mean(runs, "accuracy"):.2%} ({seeds})'
+
+
 def alignment() -> str:
   """What channels in multiples cost, and which are left with one seed."""
   found = _result('alignment')
@@ -293,6 +341,7 @@ def text(name: str) -> str:
   """The block of a name."""
   special = {
     'demo': demo,
+    'headline': headline,
     'alignment': alignment,
     'reliability': reliability,
     'inference': inference,
