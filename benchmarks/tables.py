@@ -219,6 +219,45 @@ def step_cost() -> str:
   return compare.markdown(head, rows) + _made(found)
 
 
+def step_profile() -> str:
+  """Milliseconds of each part of a step, of the float step and the search."""
+  found = _result('step_profile')
+  parts = ('products', 'quantizers', 'gates', 'cost', 'optimizer', 'other')
+  rows = [
+    [
+      run['model'],
+      str(run['batch']),
+      run['phase'],
+      *(f'{run["milliseconds"].get(part, 0):.1f}' for part in parts),
+    ]
+    for run in found['runs']
+  ]
+  head = ' | '.join(['model | batch | step', *parts])
+  return compare.markdown(head, rows) + _made(found)
+
+
+def vectorised_search() -> str:
+  """Steps of several budgets in one program, and one after the other."""
+  found = _result('vectorised_search')
+  rows = [
+    [
+      run['model'],
+      str(run['batch']),
+      str(run['budgets']),
+      f'{1e3 * run["in_turn_seconds"]:.0f} ms',
+      f'{1e3 * run["together_seconds"]:.0f} ms',
+      f'{run["speedup"]:.2f}x',
+      f'{run["compile_one_seconds"]:.0f} / {run["compile_seconds"]:.0f} s',
+    ]
+    for run in found['runs']
+  ]
+  head = (
+    'model | batch | budgets | in turn | in one program | speed-up | compile, '
+    'one / all'
+  )
+  return compare.markdown(head, rows) + _made(found)
+
+
 def devices() -> str:
   """Steps per second on several devices, and what they exchange."""
   found = _result('devices')
@@ -347,6 +386,8 @@ def text(name: str) -> str:
     'inference': inference,
     'inference_resnet18': lambda: inference('inference_resnet18'),
     'step_cost': step_cost,
+    'step_profile': step_profile,
+    'vectorised_search': vectorised_search,
     'devices': devices,
     'peers_digits': peers_digits,
     'export': export,
