@@ -12,16 +12,15 @@ import json
 import pathlib
 import re
 import sys
-from typing import Any
 
 import compare
 import numpy as np
 from PIL import Image
 from PIL import PngImagePlugin
+import result_files
 
 from djpq_jax import report
 
-ROOT = pathlib.Path(__file__).parent.parent
 # Picture -> (result files, curve -> the contestants on it).
 PICTURES: dict[str, tuple[list[str], dict[str, str]]] = {
   'digits_pareto': (
@@ -46,15 +45,9 @@ PICTURES: dict[str, tuple[list[str], dict[str, str]]] = {
 }
 
 
-def runs_of(name: str) -> list[dict[str, Any]]:
-  """All runs of a result file."""
-  path = ROOT / 'benchmarks' / 'results' / f'{name}.json'
-  return json.loads(path.read_text())['runs']
-
-
 def curves(names: list[str], families: dict[str, str]):
   """(curve -> points with mean and deviation over seeds, float accuracy)."""
-  runs = [run for name in names for run in runs_of(name)]
+  runs = [run for name in names for run in result_files.read(name)['runs']]
   runs = [run for run in runs if 'error' not in run]
   found: dict[str, list[dict[str, float]]] = {name: [] for name in families}
   for contestant, seeds in compare.grouped(runs).items():
@@ -93,7 +86,7 @@ def main() -> int:
   args = parser.parse_args()
   stale = []
   for name, (files, families) in PICTURES.items():
-    path = ROOT / 'docs' / 'images' / f'{name}.png'
+    path = result_files.ROOT / 'docs' / 'images' / f'{name}.png'
     drawn = curves(files, families)
     if not args.check:
       draw(path, drawn)
