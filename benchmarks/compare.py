@@ -136,7 +136,10 @@ def one(config, model, float_accuracy) -> dict:
   # A process that kept the programs of nineteen runs ended in the next, where
   # the compiler could not allocate memory.
   jax.clear_caches()
-  keys = ('accuracy', 'relative_bops', 'bops', 'macs', 'artifact_bytes')
+  keys = [
+    *('accuracy', 'cross_entropy'),
+    *('relative_bops', 'bops', 'macs', 'artifact_bytes'),
+  ]
   kept = {k: report[k] for k in keys}
   kept['float_accuracy'] = float_accuracy
   kept['layers'] = [
