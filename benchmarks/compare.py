@@ -186,6 +186,13 @@ def markdown(head: str, rows: list[list[str]]) -> str:
   return '\n'.join(lines) + '\n\n'
 
 
+def accuracy(runs: list[dict]) -> str:
+  """Mean and standard deviation over seeds, in percent."""
+  percent = 100 * np.array([run['accuracy'] for run in runs])
+  spread = f' ± {percent.std(ddof=1):.2f}' if len(runs) > 1 else ''
+  return f'{percent.mean():.2f}{spread} %'
+
+
 def table(runs: list[dict]) -> str:
   """Mean and standard deviation over seeds that ended well, as Markdown."""
   rows = []
@@ -194,15 +201,11 @@ def table(runs: list[dict]) -> str:
     if not found:
       rows.append([name, f'0 of {len(all_seeds)}', '', ''])
       continue
-    accuracy = 100 * np.array([r['accuracy'] for r in found])
     relative = 100 * np.mean([r['relative_bops'] for r in found])
     seeds = str(len(found))
     if len(found) < len(all_seeds):
       seeds += f' of {len(all_seeds)}'
-    spread = f' ± {accuracy.std(ddof=1):.2f}' if len(found) > 1 else ''
-    rows.append(
-      [name, seeds, f'{accuracy.mean():.2f}{spread} %', f'{relative:.4f} %']
-    )
+    rows.append([name, seeds, accuracy(found), f'{relative:.4f} %'])
   return markdown(
     'contestant | seeds | accuracy | relative BOPs', rows
   ).rstrip()

@@ -105,7 +105,7 @@ def _mean(runs: list[dict], key: str) -> float:
 
 def _accuracy(runs: list[dict]) -> str:
   seeds = f'{len(runs)} seeds' if len(runs) > 1 else '1 seed'
-  return f'{_mean(runs, "accuracy"):.2%} ({seeds})'
+  return f'{compare.accuracy(runs)} ({seeds})'
 
 
 def alignment() -> str:
