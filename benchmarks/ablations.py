@@ -1,4 +1,4 @@
-"""Changes of the method that no config has, each alone; see crossvalidate.py."""
+"""Changes of the method that no config has, each alone: crossvalidate.py."""
 
 import contextlib
 from unittest import mock
