@@ -34,17 +34,23 @@ CONTROLS = {
   'W3A3': {'method': 'uniform', 'uniform_bits': (3, 3)},
   'W2A2': {'method': 'uniform', 'uniform_bits': (2, 2)},
 }
-# What a search does otherwise, alone; each is a contestant 'DJPQ NAME @BUDGET'.
+# What is done otherwise, each alone: a contestant 'DJPQ NAME @BUDGET'.
 FROM_8_BITS = {'search': {'bits': 8.0, 'ramp': 0.7}}
-ABLATIONS = {
+ABLATIONS: dict[str, dict[str, Any]] = {
   'from 8 bits': FROM_8_BITS,
   'from 8 bits, rewound': FROM_8_BITS | {'finetune': {'rewind': True}},
+  'rewound': {'finetune': {'rewind': True}},
+  'without teacher': {'search': {'distill': 0.0}, 'finetune': {'distill': 0.0}},
   # The rate of the weights falls once, not in the search and then again.
   'one schedule': {
     'search': {'optimizer': {'anneal': False}},
     'finetune': {'optimizer': {'warmup': 0.0}},
   },
-  'without teacher': {'search': {'distill': 0.0}, 'finetune': {'distill': 0.0}},
+  'a fast ramp': {'search': {'ramp': 0.1}},
+  'KL 1e-4': {'search': {'kl_weight': 1e-4}},
+  'KL 1e-3': {'search': {'kl_weight': 1e-3}},
+  'statistics of the training': {'statistics_batches': 0},
+  'without rules': {'rules': ()},
 }
 # Likewise, by a rule for all layers after those of the experiment.
 RULES = {
@@ -130,7 +136,10 @@ def one(config, model, float_accuracy) -> dict:
   # A process that kept the programs of nineteen runs ended in the next, where
   # the compiler could not allocate memory.
   jax.clear_caches()
-  keys = ('accuracy', 'relative_bops', 'bops', 'macs', 'artifact_bytes')
+  keys = [
+    *('accuracy', 'cross_entropy'),
+    *('relative_bops', 'bops', 'macs', 'artifact_bytes'),
+  ]
   kept = {k: report[k] for k in keys}
   kept['float_accuracy'] = float_accuracy
   kept['layers'] = [
@@ -177,6 +186,13 @@ def markdown(head: str, rows: list[list[str]]) -> str:
   return '\n'.join(lines) + '\n\n'
 
 
+def accuracy(runs: list[dict]) -> str:
+  """Mean and standard deviation over seeds, in percent."""
+  percent = 100 * np.array([run['accuracy'] for run in runs])
+  spread = f' ± {percent.std(ddof=1):.2f}' if len(runs) > 1 else ''
+  return f'{percent.mean():.2f}{spread} %'
+
+
 def table(runs: list[dict]) -> str:
   """Mean and standard deviation over seeds that ended well, as Markdown."""
   rows = []
@@ -185,15 +201,11 @@ def table(runs: list[dict]) -> str:
     if not found:
       rows.append([name, f'0 of {len(all_seeds)}', '', ''])
       continue
-    accuracy = 100 * np.array([r['accuracy'] for r in found])
     relative = 100 * np.mean([r['relative_bops'] for r in found])
     seeds = str(len(found))
     if len(found) < len(all_seeds):
       seeds += f' of {len(all_seeds)}'
-    spread = f' ± {accuracy.std(ddof=1):.2f}' if len(found) > 1 else ''
-    rows.append(
-      [name, seeds, f'{accuracy.mean():.2f}{spread} %', f'{relative:.4f} %']
-    )
+    rows.append([name, seeds, accuracy(found), f'{relative:.4f} %'])
   return markdown(
     'contestant | seeds | accuracy | relative BOPs', rows
   ).rstrip()

@@ -8,8 +8,8 @@ Settings are chosen here, so that the test images stay unseen until
 `compare.py` measures them.  Each fold holds one part of the training images
 out, and all variants of a fold start from the same float model.  A variant is
 a name, with overrides after a colon, several of them apart by blanks; or a name
-of `compare.py`'s contestants, without overrides.  Each finished run is added to
-the file at once, and runs that it holds are skipped.
+of `compare.py`'s contestants or of `ablations.py`, without overrides.  Each
+finished run is added to the file at once, and runs that it holds are skipped.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import json
 import pathlib
 from typing import Any
 
+import ablations
 import compare
 import jax
 import numpy as np
@@ -55,14 +56,19 @@ def prepare(config, fold: int, folds: int) -> setting.Run:
 
 
 def one(config, fold: int, folds: int, model) -> dict:
-  """Compresses a float model; errors on the images that were held out."""
+  """Compresses a float model; how it does on the images held out."""
   run = prepare(config, fold, folds)
   net = methods.METHODS[config.method](run, model)
   hardened = harden.harden(phases.finetune(run, net, model))
-  right = evaluation.evaluate(hardened, run.test_split)
+  logits = evaluation.predictions(hardened, run.test_split)
+  right = evaluation.accuracy(logits, run.test_split)
   images = len(run.test_split)
   jax.clear_caches()  # see compare.py
-  return {'errors': round((1 - right) * images), 'images': images}
+  return {
+    'errors': round((1 - right) * images),
+    'images': images,
+    'cross_entropy': evaluation.cross_entropy(logits, run.test_split),
+  }
 
 
 def settings(variant: str, source: str, always: list[str]):
@@ -71,22 +77,52 @@ def settings(variant: str, source: str, always: list[str]):
   config = config_lib.load(source, [*always, *overrides.split()])
   if colon:
     return name, config
+  if name in ablations.PATCHES:
+    return name, config
   rows = compare.contestants(config, [config.budget])
   fields = rows.get(f'{name} @{config.budget:.3%}', rows.get(name))
   if fields is None:
-    raise SystemExit(f'no contestant of compare.py has the name {name!r}')
+    raise SystemExit(f'no contestant and no ablation has the name {name!r}')
   return name, config_lib.change(config, **fields)
 
 
 def table(runs: list[dict]) -> str:
-  """Errors of each variant over all folds and seeds, as Markdown."""
-  lines = ['| variant | errors | images | accuracy |', '| --- ' * 4 + '|']
-  for name in dict.fromkeys(run['variant'] for run in runs):
-    of = [run for run in runs if run['variant'] == name]
-    errors, images = (sum(r[key] for r in of) for key in ('errors', 'images'))
-    right = 1 - errors / images
-    lines.append(f'| {name} | {errors} | {images} | {right:.2%} |')
-  return '\n'.join(lines)
+  """Each variant over all folds and seeds, as Markdown.
+
+  Cross-entropies are compared with those of the first variant on the same
+  folds: the mean of the differences, and its standard error.
+  """
+  variants = {
+    name: {(r['seed'], r['fold']): r for r in runs if r['variant'] == name}
+    for name in dict.fromkeys(run['variant'] for run in runs)
+  }
+  first = next(iter(variants.values()))
+  rows = []
+  for name, of in variants.items():
+    errors, images = (
+      sum(r[key] for r in of.values()) for key in ('errors', 'images')
+    )
+    rows.append([name, str(errors), str(images), f'{1 - errors / images:.2%}'])
+    both = [k for k in of if k in first and 'cross_entropy' in of[k]]
+    entropy, before = (
+      np.array([v[k]['cross_entropy'] for k in both]) for v in (of, first)
+    )
+    if not both:
+      rows[-1] += ['', '']
+    elif of is first or len(both) < 2:
+      rows[-1] += [f'{entropy.mean():.4f}', '']
+    else:
+      worse = entropy - before
+      error = worse.std(ddof=1) / np.sqrt(len(worse))
+      rows[-1] += [
+        f'{entropy.mean():.4f}',
+        f'{worse.mean():+.4f} ± {error:.4f}',
+      ]
+  return compare.markdown(
+    'variant | errors | images | accuracy | cross-entropy, nats '
+    '| above the first',
+    rows,
+  ).rstrip()
 
 
 def main():
@@ -112,7 +148,8 @@ def main():
     run = prepare(base, fold, args.folds)
     model = phases.train_float(run, setting.dense_model(run))
     for name in missing:
-      found = one(variants[name], fold, args.folds, model)
+      with ablations.patched(name):
+        found = one(variants[name], fold, args.folds, model)
       row = {'variant': name, 'seed': seed, 'fold': fold} | found
       result['runs'].append(row | {'commit': compare.commit()})
       args.out.write_text(json.dumps(result, indent=1) + '\n')

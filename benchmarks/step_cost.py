@@ -27,6 +27,7 @@ import numpy as np
 from djpq_jax import allocate
 from djpq_jax import budget as budget_lib
 from djpq_jax import compress
+from djpq_jax import graph
 from djpq_jax import models
 from djpq_jax import optim
 from djpq_jax import train
@@ -77,12 +78,8 @@ def random_batch(model, count: int) -> dict[str, np.ndarray]:
   }
 
 
-def measure(
-  name: str, size: int | None, count: int, steps: int, dtype: str
-) -> list[dict]:
-  """The steps of one model at one batch size."""
-  kwargs: Any = {'input_shape': (size, size, 3)} if size else {}
-  model = models.create(name, **kwargs)
+def contestants(model, count: int, dtype: str) -> dict[str, Contestant]:
+  """All kinds of steps of one model at one batch size."""
   batch = jax.device_put(random_batch(model, count))
   sample = batch['image'][:8]
   net = compress.compress(model, (), sample)
@@ -92,33 +89,43 @@ def measure(
   plan = allocate.uniform(net, 4, 4)
   frozen = compress.freeze(net, plan, sample)
   objective = train.Objective(noisy=True, controller=controller)
-  contestants = {
+  return {
     'float': Contestant(model, train.Objective(), batch, dtype),
     'search': Contestant(net, objective, batch, dtype),
     'gates alone': Contestant(gated, objective, batch, dtype),
     'bits alone': Contestant(quantized, objective, batch, dtype),
     'finetune': Contestant(frozen, train.Objective(), batch, dtype),
   }
+
+
+def measure(
+  name: str, size: int | None, count: int, steps: int, dtype: str
+) -> list[dict]:
+  """The steps of one model at one batch size, in turn."""
+  kwargs: Any = {'input_shape': (size, size, 3)} if size else {}
+  model = models.create(name, **kwargs)
+  layers = len(graph.trace(model, random_batch(model, 1)['image']).layers)
+  found = contestants(model, count, dtype)
   for _ in range(steps + WARM_UP):
-    for contestant in contestants.values():
+    for contestant in found.values():
       contestant.run()
-  base = contestants['float']
+  base = found['float']
   return [
     {
       'model': name,
       'input_shape': list(model.input_shape),
       'batch': count,
       'dtype': dtype,
-      'layers': len(net.structure.layers),
+      'layers': layers,
       'phase': phase,
-      'step_seconds': round(found.median, 4),
-      'images_per_second': round(count / found.median, 1),
-      'over_float': round(found.median / base.median, 3),
-      'compile_seconds': round(found.compile_seconds, 2),
-      'memory_MB': round(found.memory / 1e6, 1),
-      'temporaries_MB': round(found.temporaries / 1e6, 1),
+      'step_seconds': round(step.median, 4),
+      'images_per_second': round(count / step.median, 1),
+      'over_float': round(step.median / base.median, 3),
+      'compile_seconds': round(step.compile_seconds, 2),
+      'memory_MB': round(step.memory / 1e6, 1),
+      'temporaries_MB': round(step.temporaries / 1e6, 1),
     }
-    for phase, found in contestants.items()
+    for phase, step in found.items()
   ]
 
 

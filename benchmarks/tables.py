@@ -17,18 +17,18 @@ import sys
 from typing import Any
 
 import compare
+import result_files
 import rich.console
+import tables_speed
 
 from djpq_jax import report
 
-ROOT = pathlib.Path(__file__).parent.parent
-RESULTS = ROOT / 'benchmarks' / 'results'
 BLOCK = re.compile(r'(<!-- table (\w+) -->\n).*?(<!-- end -->)', re.DOTALL)
 
 
 def demo() -> str:
   """What `make demo` printed."""
-  found = _result('demo')
+  found = result_files.read('demo')
   file = io.StringIO()
   console = rich.console.Console(file=file, width=80, color_system=None)
   report.print_report(found['report'], console)
@@ -46,21 +46,71 @@ def record(workdir: pathlib.Path) -> None:
     'commit': compare.commit(),
     'report': found,
   }
-  (RESULTS / 'demo.json').write_text(json.dumps(result, indent=1) + '\n')
-  picture = ROOT / 'docs' / 'images' / 'digits_layers.png'
+  (result_files.RESULTS / 'demo.json').write_text(
+    json.dumps(result, indent=1) + '\n'
+  )
+  picture = result_files.ROOT / 'docs' / 'images' / 'digits_layers.png'
   picture.parent.mkdir(parents=True, exist_ok=True)
   shutil.copyfile(workdir / 'layers.png', picture)
 
 
 def comparison(name: str) -> str:
   """A table of contestants, and how to make it again."""
-  found = _result(name)
-  return f'{compare.table(found["runs"])}\n\n{_made(found)}'
+  found = result_files.read(name)
+  return f'{compare.table(found["runs"])}\n\n{result_files.made(found)}'
+
+
+HEADLINES = {
+  'digits': 'digits',
+  'ResNet-20, CIFAR-10': 'resnet20_cifar10',
+}
+
+
+def headline() -> str:
+  """DJPQ at each budget, two-stage at the same, and the nearest uniform bits.
+
+  Uniform bits cannot meet a budget: theirs are the fewest that cost as much.
+  """
+  rows = []
+  for task, name in HEADLINES.items():
+    groups = compare.grouped(result_files.read(name)['runs'])
+    bops = {n: _mean(runs, 'relative_bops') for n, runs in groups.items()}
+    for contestant, runs in groups.items():
+      found = re.fullmatch(r'DJPQ (@.*)', contestant)
+      if not found:
+        continue
+      own = bops[contestant]
+      staged = [n for n in groups if _is_two_stage(n, found[1])]
+      uniform = [
+        n for n in groups if re.fullmatch(r'W\dA\d', n) and bops[n] > 0.99 * own
+      ]
+      cells = [task, f'{own:.3%}', _accuracy(runs), '', '']
+      if staged:
+        cells[3] = _accuracy(groups[staged[0]])
+      if uniform:
+        least = min(uniform, key=lambda n: bops[n])
+        cells[4] = f'{least}: {_accuracy(groups[least])} at {bops[least]:.2%}'
+      rows.append(cells)
+  head = 'task | BOPs | DJPQ | two-stage | the fewest uniform bits above'
+  return compare.markdown(head, rows)
+
+
+def _is_two_stage(name: str, budget: str) -> bool:
+  return bool(re.fullmatch(rf'two-stage( \d+% MACs)? {budget}', name))
+
+
+def _mean(runs: list[dict], key: str) -> float:
+  return sum(run[key] for run in runs) / len(runs)
+
+
+def _accuracy(runs: list[dict]) -> str:
+  seeds = f'{len(runs)} seeds' if len(runs) > 1 else '1 seed'
+  return f'{compare.accuracy(runs)} ({seeds})'
 
 
 def alignment() -> str:
   """What channels in multiples cost, and which are left with one seed."""
-  found = _result('alignment')
+  found = result_files.read('alignment')
   rows = []
   for name, runs in compare.grouped(found['runs']).items():
     accuracy = [f'{run["accuracy"]:.2%}' for run in runs]
@@ -74,12 +124,12 @@ def alignment() -> str:
   head = (
     'contestant | mean accuracy | of each seed | BOPs | channels, first seed'
   )
-  return compare.markdown(head, rows) + _made(found)
+  return compare.markdown(head, rows) + result_files.made(found)
 
 
 def reliability() -> str:
   """Of each contestant, how many seeds failed, and the worst of the others."""
-  found = _result('reliability')
+  found = result_files.read('reliability')
   rows = []
   for name, runs in compare.grouped(found['runs']).items():
     good = [run for run in runs if 'error' not in run]
@@ -95,208 +145,38 @@ def reliability() -> str:
     'contestant | seeds | failed | least accuracy | mean | best | BOPs, most '
     '| least'
   )
-  return compare.markdown(head, rows) + _made(found)
-
-
-def inference(name: str = 'inference') -> str:
-  """Milliseconds of float32, and how many times faster the others are."""
-  found = _result(name)
-  rows = []
-  for run in found['runs']:
-    cells = [
-      f'{row["median_ms"]:.1f} ms'
-      if name == 'float32'
-      else f'{row["median_ms_float32_over_this"]:.2f}x'
-      for name, row in run['rows'].items()
-    ]
-    rows.append([run['model'], f'{run["keep"]:.0%}', str(run['batch']), *cells])
-  head = ' | '.join(['model | channels | batch', *found['runs'][0]['rows']])
-  return compare.markdown(head, rows) + _made(found)
-
-
-def layer_profile() -> str:
-  """Where the time of ResNet-20 goes: each layer alone, at batch 64."""
-  found = _result('inference_cifar')
-  run = next(r for r in found['runs'] if (r['keep'], r['batch']) == (1, 64))
-  stages: dict[str, list[dict]] = {}
-  for row in run['layers']:
-    stages.setdefault(row['layer'].partition('/')[0], []).append(row)
-  stages['all'] = run['layers']
-  lines = []
-  for name, rows in stages.items():
-    total = {k: sum(r[k] for r in rows) for k in ('macs', *PROFILED)}
-    lines.append(
-      [
-        name,
-        f'{total["macs"] / 1e6:.0f} M',
-        *(f'{total[k]:.1f} ms' for k in PROFILED),
-        f'{total["macs"] / total["int8"] / 1e6:.0f} G',
-      ]
-    )
-  head = 'layers | MACs of a batch | dequantized | float | int8 | int8, MACs/s'
-  return compare.markdown(head, lines) + _made(found)
-
-
-PROFILED = ('dequantized', 'float', 'int8')
-
-
-def step_cost() -> str:
-  """What a step of each phase takes of the float step."""
-  found = _result('step_cost')
-  runs = found['runs']
-  rows = []
-  for phases in zip(runs[::3], runs[1::3], runs[2::3], strict=True):
-    one = phases[0]
-    assert [p['phase'] for p in phases] == ['float', 'search', 'finetune']
-    cells = [
-      one['model'],
-      ' x '.join(map(str, one['input_shape'])),
-      str(one['batch']),
-      f'{1e3 * one["step_seconds"]:.0f} ms',
-      *(f'{p["over_float"]:.2f}x' for p in phases[1:]),
-      ' / '.join(f'{p["compile_seconds"]:.1f}' for p in phases),
-      ' / '.join(f'{p["temporaries_MB"]:.0f}' for p in phases),
-    ]
-    rows.append(cells)
-  head = (
-    'model | image | batch | float step | search | finetuning | compile, s '
-    '| temporaries, MB'
-  )
-  return compare.markdown(head, rows) + _made(found)
-
-
-def devices() -> str:
-  """Steps per second on several devices, and what they exchange."""
-  found = _result('devices')
-  rows = [
-    [
-      run['model'],
-      str(run['batch']),
-      run['wrapper'],
-      str(run['devices']),
-      f'{run["steps_per_second"]:.2f}',
-      f'{run["exchanged_bytes"] / 1e6:.2f} MB',
-      f'{1e3 * run["exchange_seconds"]:.1f} ms',
-    ]
-    for run in found['runs']
-  ]
-  head = (
-    'model | batch | step | devices | steps/s | exchanged | the exchange alone'
-  )
-  return compare.markdown(head, rows) + _made(found)
+  return compare.markdown(head, rows) + result_files.made(found)
 
 
 def peers_digits() -> str:
   """Other libraries, and what their user had to train for a row."""
-  found = _result('peers_digits')
+  found = result_files.read('peers_digits')
   lines = compare.table(found['runs']).splitlines()
   lines[0] += ' trainings of each seed |'
   lines[1] += ' --- |'
   for k, runs in enumerate(compare.grouped(found['runs']).values(), start=2):
     counts = ', '.join(str(run['trainings']) for run in runs)
     lines[k] += f' {counts} |'
-  return '\n'.join(lines) + '\n\n' + _made(found)
-
-
-def export() -> str:
-  """How far each written file is from its model."""
-  found = _result('export')
-  rows = []
-  for run in found['runs']:
-    least, most = run['bits']
-    for file in run['files']:
-      rows.append(
-        [
-          _network(run),
-          f'{least}-{most}' if least < most else str(least),
-          f'{file["format"]} {file["form"] or file["batch"]}',
-          f'{file["images"]:,}',
-          f'{file["predictions"]:,}',
-          f'{file["beyond_step"]:,}',
-          f'{100 * file["largest"] / file["logit_range"]:.2g}',
-          f'{file["bytes"]:,}',
-        ]
-      )
-  head = (
-    'network | bits | file | images | other predictions | logits off by more '
-    'than a step | at most, % of their range | bytes'
-  )
-  return compare.markdown(head, rows) + _made(found)
-
-
-def artifact_size() -> str:
-  """What artifacts take, beside their numbers at their bits."""
-  found = _result('export')
-  rows = []
-  for run in found['runs']:
-    size = run['size']
-    parts = size['parts']
-    rows.append(
-      [
-        _network(run),
-        f'{size["integers_at_their_bits"]:,}',
-        f'{size["floats"]:,}',
-        f'{size["bytes"]:,}',
-        f'{size["over_integers_and_floats"]:.3f}',
-        f'{parts["arrays"]:,}',
-        f'{parts["program.xz"]:,}',
-        f'{parts["manifest.json"] + parts["index.xz"]:,}',
-      ]
-    )
-  head = (
-    'network | integers at their bits | floats | artifact | over both | of '
-    'it arrays | program | manifest, index'
-  )
-  return compare.markdown(head, rows) + _made(found)
-
-
-def _network(run: dict) -> str:
-  size = ' x '.join(map(str, run['input_shape'][:2]))
-  return (
-    f'{run["model"]}, {size}, {run["weights"]} weights, '
-    f'{run["relative_macs"]:.0%} of the MACs'
-  )
-
-
-def _result(name: str) -> dict:
-  """What a benchmark wrote."""
-  return json.loads((RESULTS / f'{name}.json').read_text())
-
-
-def _made(found: dict) -> str:
-  """How to make a result again.
-
-  A file says it once or each run for itself; commits may differ by run in any
-  case, and a file that several commands added to has them all.
-  """
-  runs = found['runs']
-  made = [r['environment'] for r in runs if 'environment' in r]
-  made = made or [found['environment']]
-  commands = [c for m in made for c in m.get('commands') or [m['command']]]
-  commits = {r.get('commit') or found['commit'] for r in runs}
-  versions = made[0]['versions'].items()
-  return (
-    '; '.join(f'`{command}`' for command in dict.fromkeys(commands))
-    + f', commit {", ".join(sorted(commits))}, {made[0]["machine"]}, '
-    + ', '.join(f'{name} {version}' for name, version in versions)
-    + '.\n'
-  )
+  return '\n'.join(lines) + '\n\n' + result_files.made(found)
 
 
 def text(name: str) -> str:
   """The block of a name."""
   special = {
     'demo': demo,
+    'headline': headline,
     'alignment': alignment,
     'reliability': reliability,
-    'inference': inference,
-    'inference_resnet18': lambda: inference('inference_resnet18'),
-    'step_cost': step_cost,
-    'devices': devices,
+    'inference': tables_speed.inference,
+    'inference_resnet18': lambda: tables_speed.inference('inference_resnet18'),
+    'step_cost': tables_speed.step_cost,
+    'step_profile': tables_speed.step_profile,
+    'vectorised_search': tables_speed.vectorised_search,
+    'devices': tables_speed.devices,
     'peers_digits': peers_digits,
-    'export': export,
-    'artifact_size': artifact_size,
-    'layer_profile': layer_profile,
+    'export': tables_speed.export,
+    'artifact_size': tables_speed.artifact_size,
+    'layer_profile': tables_speed.layer_profile,
   }
   return special[name]() if name in special else comparison(name)
 
@@ -309,7 +189,10 @@ def main() -> int:
   if args.demo:
     record(args.demo)
   stale = []
-  for path in (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))):
+  for path in (
+    result_files.ROOT / 'README.md',
+    *sorted((result_files.ROOT / 'docs').glob('*.md')),
+  ):
     before = path.read_text()
     after = BLOCK.sub(lambda m: f'{m[1]}{text(m[2])}{m[3]}', before)
     if before != after:

@@ -20,7 +20,8 @@ from djpq_jax import compress
 from djpq_jax import cost
 
 LOG_ALPHA_PER_BIT = 2.0  # how much a gate's threshold moves with one bit
-CLOSE_ENOUGH = 0.985  # of the budget; filling stops there
+CLOSE_ENOUGH = 0.985  # of the budget; no channel is given up to come nearer
+FULL = 0.999  # of the budget; filling stops there
 
 Budget: TypeAlias = float | Mapping[str, float]  # a float is one of BOPs
 
@@ -302,14 +303,17 @@ def _allowed(bounds, choices, path, kind) -> np.ndarray:
 
 def _fill(rounder: _Rounder, plan: compress.Plan):
   """Spends what is left of the budget on the next changes that fit."""
-  while rounder.load(plan) < CLOSE_ENOUGH:
+  while (load := rounder.load(plan)) < FULL:
+    # What the tightest budget does not count is no way to spend it.
     fitting = [
       (edge, changed)
       for edge, changed in rounder.next_changes(plan)
-      if rounder.load(changed) <= 1
+      if load < rounder.load(changed) <= 1
     ]
     if not fitting:
-      return _with_free(rounder, _trade(rounder, plan))
+      if load < CLOSE_ENOUGH:
+        plan = _trade(rounder, plan)
+      break
     plan = min(fitting, key=lambda pair: pair[0])[1]
   return _with_free(rounder, plan)
 

@@ -93,8 +93,8 @@ def test_a_mistyped_name_gets_the_nearest_and_all(name, hint):
     config_lib.load(name)
   assert str(info.value) == (
     f'{name.partition(":")[0]} is neither a file nor a packaged config; '
-    'packaged are digits, mobilenet_v2_imagenet, resnet18_imagenet, '
-    f'resnet20_cifar10, vgg7_cifar10{hint}'
+    'packaged are digits, mobilenet_v2_cifar10, mobilenet_v2_imagenet, '
+    f'resnet18_imagenet, resnet20_cifar10, vgg7_cifar10{hint}'
   )
 
 
@@ -104,6 +104,7 @@ def test_a_mistyped_name_gets_the_nearest_and_all(name, hint):
     ('digits', 'digits', 'digits_cnn'),
     ('vgg7_cifar10', 'cifar10', 'vgg7'),
     ('resnet20_cifar10', 'cifar10', 'resnet20'),
+    ('mobilenet_v2_cifar10', 'cifar10', 'mobilenet_v2'),
     ('resnet18_imagenet', 'imagenet', 'resnet18'),
     ('mobilenet_v2_imagenet', 'imagenet', 'mobilenet_v2'),
   ],

@@ -35,8 +35,9 @@ def test_examples_of_benchmarks_run(monkeypatch):
   assert not found.failed
 
 
-def test_tables_are_those_of_the_results():
-  command = [sys.executable, 'benchmarks/tables.py', '--check']
+@pytest.mark.parametrize('what', ['tables', 'pictures'])
+def test_documents_are_those_of_the_results(what):
+  command = [sys.executable, f'benchmarks/{what}.py', '--check']
   done = subprocess.run(
     command, cwd=ROOT, capture_output=True, text=True, check=False
   )

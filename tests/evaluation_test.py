@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 from djpq_jax import evaluation
+from djpq_jax import losses
 from djpq_jax import parallel
 
 # They run flax's batch norm.
@@ -34,6 +35,17 @@ def test_accuracy_counts():
   logits[0] = np.roll(logits[0], 1)
   assert evaluation.accuracy(logits, split) == 0.75
   assert evaluation.accuracy(-logits, split) == 0
+
+
+def test_cross_entropy_is_that_of_the_loss():
+  split = tiny.split(4)
+  logits = 1e3 * np.random.default_rng(0).normal(size=(4, 3))  # none overflows
+  expected = losses.cross_entropy(logits, split.labels)
+  found = evaluation.cross_entropy(logits.astype(np.float32), split)
+  assert found == pytest.approx(float(expected), rel=1e-5)
+  assert evaluation.cross_entropy(np.zeros((4, 3)), split) == pytest.approx(
+    np.log(3)
+  )
 
 
 @pytest.mark.parametrize('batch_size', [5, 37, 64])

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from djpq_jax import compress
+from djpq_jax import config as config_lib
 from djpq_jax import graph
 from djpq_jax import models
 from djpq_jax.models import imagenet_resnet
@@ -189,6 +190,12 @@ class CostTest(parameterized.TestCase):
   def test_parameters_of_other_widths(self, width, expected):
     self.assertEqual(traced('mobilenet_v2', width=width)[0], expected)
 
+  def test_small_images_keep_their_size_with_smaller_strides(self):
+    kwargs = dict(config_lib.load('mobilenet_v2_cifar10').model.kwargs)
+    found = traced('mobilenet_v2', **kwargs)[1].graph.layers
+    self.assertEqual(found['stem/conv'].macs, 32 * 32 * 3 * 9 * 16)
+    self.assertEqual(found['head/conv'].macs, 4 * 4 * 160 * 1280)
+
   def test_width_rounds_channels_and_keeps_the_last_layer(self):
     found = traced('mobilenet_v2', width=0.35)[1].graph.layers
     sizes = {path: len(layer.out_group) for path, layer in found.items()}
@@ -312,6 +319,7 @@ class SmallTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ('mobilenet_v2', dict(width=0), 'width must be positive; got 0'),
+    ('mobilenet_v2', dict(strides=(2, 2)), 'strides must be 8 numbers'),
     ('mobilenet_v2', dict(input_shape=(100, 96, 3)), 'multiples of 32'),
     ('resnet18', dict(input_shape=(224, 100, 3)), 'multiples of 32'),
     ('vit_s16', dict(input_shape=(24, 32, 3)), 'multiples of 16'),

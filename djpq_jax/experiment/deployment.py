@@ -58,6 +58,7 @@ def deploy(run: setting.Run, hardened, workdir, float_accuracy, start):
   return {
     'float_accuracy': float_accuracy,
     'accuracy': evaluation.accuracy(logits, run.test_split),
+    'cross_entropy': evaluation.cross_entropy(logits, run.test_split),
     'budget': run.budget,
     'budgets': run.budgets or {},
     **harden.totals(reloaded, rows),

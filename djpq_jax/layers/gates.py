@@ -100,6 +100,7 @@ def sample(gates: Sequence[Gate], key, batch: int) -> list[jax.Array]:
     return [g.mean() for g in gates]
   mu = jnp.concatenate([g.mu[...] for g in gates])
   log_sigma2 = jnp.concatenate([v[...] for v in noise])
-  z = gate.sample_gate(key, mu, log_sigma2, (batch, mu.size))
+  with jax.named_scope('gate'):
+    z = gate.sample_gate(key, mu, log_sigma2, (batch, mu.size))
   ends = np.cumsum([g.size for g in gates])
   return jnp.split(z, ends[:-1], axis=1)

@@ -88,15 +88,17 @@ class Operands(nnx.Module):
     """Returns the gated, quantized and promoted (inputs, kernel, bias)."""
     inputs, kernel, bias = operands
     inputs = self.entering(inputs)
-    if self.act is not None:
-      inputs = self.act(inputs)
-    if self.weight is not None:
-      kernel = self.weight(kernel)
+    with jax.named_scope('quantize'):  # a name for profilers
+      if self.act is not None:
+        inputs = self.act(inputs)
+      if self.weight is not None:
+        kernel = self.weight(kernel)
     return self.promote((inputs, kernel, bias), **kwargs)
 
   def entering(self, inputs):
     """What is quantized next: the inputs, gated; a `tap` sees it."""
-    inputs = self._gated(inputs)
+    with jax.named_scope('gate'):
+      inputs = self._gated(inputs)
     _inputs.see(self.name, inputs)
     return inputs
 

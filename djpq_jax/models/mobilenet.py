@@ -5,6 +5,7 @@ dropout: none of the models here has any.
 """
 
 from collections.abc import Sequence
+import math
 from typing import Any
 
 from flax import nnx
@@ -12,16 +13,17 @@ import jax
 
 from djpq_jax.models import cnn
 
-# Expansion, channels, blocks, stride of the first block  [Sandler et al. 2018].
+# Expansion, channels, blocks  [Sandler et al. 2018].
 _STAGES = (
-  (1, 16, 1, 1),
-  (6, 24, 2, 2),
-  (6, 32, 3, 2),
-  (6, 64, 4, 2),
-  (6, 96, 3, 1),
-  (6, 160, 3, 2),
-  (6, 320, 1, 1),
+  (1, 16, 1),
+  (6, 24, 2),
+  (6, 32, 3),
+  (6, 64, 4),
+  (6, 96, 3),
+  (6, 160, 3),
+  (6, 320, 1),
 )
+_STRIDES = (2, 1, 2, 2, 2, 1, 2, 1)  # of the stem and of each stage
 
 
 class ConvNorm(nnx.Module):
@@ -128,7 +130,9 @@ class MobileNetV2(nnx.Module):
     num_classes: length of the logits.
     width: multiplier of all channels; the last layer never gets narrower.
     input_shape: (height, width, channels) of one image; height and width
-      multiples of 32.
+      multiples of 32, or of the product of other `strides`.
+    strides: of the stem and of the seven stages; images of 32 pixels keep more
+      of them with (1, 1, 1, 2, 2, 1, 2, 1).
     rngs: needs a `params` stream.
   """
 
@@ -137,16 +141,22 @@ class MobileNetV2(nnx.Module):
     num_classes: int = 1000,
     width: float = 1.0,
     input_shape: Sequence[int] = (224, 224, 3),
+    strides: Sequence[int] = _STRIDES,
     *,
     rngs: nnx.Rngs,
   ):
     if not width > 0:
       raise ValueError(f'width must be positive; got {width}')
-    self.input_shape = cnn.check_input_shape(input_shape, 32)
+    if len(strides) != len(_STRIDES) or not set(strides) <= {1, 2}:
+      raise ValueError(
+        f'strides must be {len(_STRIDES)} numbers, each 1 or 2; got {strides}'
+      )
+    self.input_shape = cnn.check_input_shape(input_shape, math.prod(strides))
+    first, *firsts = strides
     channels = round_channels(32 * width)
-    self.stem = ConvNorm(self.input_shape[2], channels, 3, 2, rngs=rngs)
+    self.stem = ConvNorm(self.input_shape[2], channels, 3, first, rngs=rngs)
     blocks = []
-    for expansion, outputs, count, stride in _STAGES:
+    for (expansion, outputs, count), stride in zip(_STAGES, firsts):
       outputs = round_channels(outputs * width)
       for i in range(count):
         blocks.append(

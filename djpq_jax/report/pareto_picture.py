@@ -5,6 +5,7 @@ import os
 import pathlib
 from typing import Any
 
+from djpq_jax import packages
 from djpq_jax.report import style
 
 _MARKS = 'osD^vP'
@@ -32,9 +33,12 @@ def plot_pareto(
   """
   if not any(curves.values()):
     raise ValueError('there is no point to draw')
+  packages.require('matplotlib', extra='demo', use='pictures')
+  from matplotlib import ticker
+
   figure = style.figure('Accuracy against bit operations', 4.6)
   axes = figure.subplots()
-  colours = (style.BLUE, style.RED, style.GREEN, style.ORANGE, style.GREY)
+  colours = [style.BLUE, style.RED, style.GREEN, style.ORANGE, style.PURPLE]
   for number, (name, points) in enumerate(curves.items()):
     points = sorted(points, key=lambda point: point['relative_bops'])
     axes.errorbar(
@@ -53,6 +57,11 @@ def plot_pareto(
       100 * float_accuracy, color=style.GREY, lw=1.2, ls='--', label='float32'
     )
   axes.set_xscale('log')
+  low, high = axes.get_xlim()
+  wide = high > 5 * low  # else a decade has hardly a tick in it
+  axes.xaxis.set_major_locator(
+    ticker.LogLocator(subs=(1, 2, 5)) if wide else ticker.MaxNLocator(8)
+  )
   axes.xaxis.set_major_formatter(lambda value, _: f'{value:g}')
   axes.xaxis.set_minor_formatter(lambda value, _: '')
   axes.set_xlabel('BOPs, % of float32', fontsize=style.SMALL, color=style.INK)

@@ -40,7 +40,8 @@ LAYER_KEYS = (
 # What others compute or draw with, if it is there, in any part of the file.
 _NUMBERS = {
   *('seed', 'seconds', 'float_accuracy', 'accuracy', 'eval_accuracy'),
-  *('budget', 'relative_bops', 'relative_macs', 'relative_weights'),
+  *('cross_entropy', 'budget'),
+  *('relative_bops', 'relative_macs', 'relative_weights'),
   *('float_bops', 'bops', 'float_macs', 'macs', 'weights'),
   *('artifact_bytes', 'float_bytes', 'weight_bits', 'act_bits'),
   *('kept_in', 'kept_out', 'in_size', 'out_size', 'size', 'kept'),

@@ -6,6 +6,7 @@ of Okabe and Ito, which colour-blind eyes tell apart.
 """
 
 import io
+import math
 import os
 import pathlib
 from typing import Any
@@ -14,10 +15,12 @@ from djpq_jax import files
 from djpq_jax import packages
 
 BLUE, ORANGE, GREEN, RED = '#0072B2', '#E69F00', '#009E73', '#D55E00'
+PURPLE = '#CC79A7'
 GREY, PALE, SHADE, INK = '#8C8C8C', '#DEDEDE', '#F3F3F3', '#262626'
 WIDTH = 10  # inches: 1000 px at the 100 dpi of a README
 DPI = 160
 SMALL = 8.5  # points
+COLUMNS = 4  # of a legend
 
 
 def figure(title: str, height: float) -> Any:
@@ -39,8 +42,10 @@ def title(axes: Any, text: str, *, lift: float = 0) -> None:
   from matplotlib import transforms
 
   style = dict(fontsize=10, fontweight='bold', color=INK)
-  axes.set_title(text, loc='left', pad=lift + 20, **style)
-  if axes.get_legend_handles_labels()[0]:
+  entries = len(axes.get_legend_handles_labels()[0])
+  rows = max(1, math.ceil(entries / COLUMNS))
+  axes.set_title(text, loc='left', pad=lift + 6 + 14 * rows, **style)
+  if entries:
     raised = transforms.offset_copy(
       axes.transAxes, axes.get_figure(), y=lift + 5, units='points'
     )
@@ -48,7 +53,7 @@ def title(axes: Any, text: str, *, lift: float = 0) -> None:
       loc='lower left',
       bbox_to_anchor=(0, 1),
       bbox_transform=raised,
-      ncols=4,
+      ncols=COLUMNS,
       frameon=False,
       fontsize=SMALL,
       handlelength=1.3,

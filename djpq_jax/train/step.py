@@ -41,10 +41,11 @@ def train_step(
     loss, grads, rest, metrics = _mean_over(
       axis_name, (loss, grads, rest, metrics)
     )
-  updates, opt_state = state.program.optimizer.update(
-    grads, state.opt_state, state.params
-  )
-  params = optax.apply_updates(state.params, updates)
+  with jax.named_scope('optimizer'):  # a name for profilers
+    updates, opt_state = state.program.optimizer.update(
+      grads, state.opt_state, state.params
+    )
+    params = optax.apply_updates(state.params, updates)
   good = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
   advanced = (params, rest, opt_state, control)
   before = (state.params, state.rest, state.opt_state, state.control)
@@ -129,16 +130,14 @@ def total_loss(
   if objective.distill:
     assert program.teacher_graph is not None, 'distillation needs a teacher'
     teacher = nnx.merge(program.teacher_graph, state.teacher)
-    total = (1 - objective.distill) * total + (
-      objective.distill
-      * losses.distillation(
-        logits,
-        teacher(images),
-        temperature=objective.temperature,
+    with jax.named_scope('teacher'):
+      taught = losses.distillation(
+        logits, teacher(images), temperature=objective.temperature
       )
-    )
+    total = (1 - objective.distill) * total + objective.distill * taught
   metrics = {'task_loss': total, 'accuracy': _accuracy(logits, batch)}
-  cost, control, more = _cost(model, state)
+  with jax.named_scope('cost'):
+    cost, control, more = _cost(model, state)
   _, _, rest = optim.split(model)
   return total + cost, (rest, control, metrics | more)
 

@@ -1,0 +1,47 @@
+"""MobileNetV2 / CIFAR-10 at half the width, trained from scratch.
+
+Its first strides are 1, so that images of 32 pixels keep their size until the
+third stage: 27.97 million MACs.  Reproduced so far: nothing; the settings are a
+first guess, those of ResNet-20 where both have them.
+
+Command: djpq train --config configs/mobilenet_v2_cifar10.py \
+             --set data.dir=DATA --workdir runs/mobilenet_v2
+Variants: configs/mobilenet_v2_cifar10.py:w4a4 and the others of
+djpq_jax.config.
+"""
+
+from djpq_jax import config as config_lib
+
+
+def get_config():
+  config = config_lib.default()
+  config.data.name = 'cifar10'
+  config.model.name = 'mobilenet_v2'
+  config.model.kwargs = {
+    'num_classes': 10,
+    'input_shape': (32, 32, 3),
+    'width': 0.5,
+    'strides': (1, 1, 1, 2, 2, 1, 2, 1),
+  }
+  config.batch_size = 128
+  config.augment.shift = 4
+  config.augment.flip = True
+  config.budget = 0.01
+
+  config.float.epochs = 100.0
+  config.float.optimizer.learning_rate = 2e-3
+
+  config.search.epochs = 3.0
+  config.search.ramp = 0.3
+  config.search.distill = 0.5
+  config.search.temperature = 2.0
+  config.search.optimizer.learning_rate = 1e-3
+  config.search.optimizer.quantizer_rate = 1e-2
+  config.search.optimizer.gate_rate = 2e-2
+  config.search.optimizer.decay_gates = False
+
+  config.finetune.epochs = 7.0
+  config.finetune.distill = 0.5
+  config.finetune.temperature = 2.0
+  config.finetune.optimizer.learning_rate = 1e-3
+  return config
