@@ -32,6 +32,7 @@ PICTURES: dict[str, tuple[list[str], dict[str, str]]] = {
       'uniform bits': r'W\dA\d',
       'qwix, uniform bits': r'qwix W\dA\d, first.*|qwix W[48]A.',
       'HGQ2': r'HGQ2 @.*',
+      'torch-pruning, NNCF': r'torch-pruning.*',
     },
   ),
   'resnet20_cifar10_pareto': (

@@ -8,7 +8,7 @@ from typing import Any
 from djpq_jax import packages
 from djpq_jax.report import style
 
-_MARKS = 'osD^vP'
+_MARKS = 'osD^vPX'
 
 
 def plot_pareto(
@@ -39,6 +39,7 @@ def plot_pareto(
   figure = style.figure('Accuracy against bit operations', 4.6)
   axes = figure.subplots()
   colours = [style.BLUE, style.RED, style.GREEN, style.ORANGE, style.PURPLE]
+  colours += [style.SKY, style.INK]
   for number, (name, points) in enumerate(curves.items()):
     points = sorted(points, key=lambda point: point['relative_bops'])
     axes.errorbar(

@@ -15,7 +15,7 @@ from djpq_jax import files
 from djpq_jax import packages
 
 BLUE, ORANGE, GREEN, RED = '#0072B2', '#E69F00', '#009E73', '#D55E00'
-PURPLE = '#CC79A7'
+PURPLE, SKY = '#CC79A7', '#56B4E9'
 GREY, PALE, SHADE, INK = '#8C8C8C', '#DEDEDE', '#F3F3F3', '#262626'
 WIDTH = 10  # inches: 1000 px at the 100 dpi of a README
 DPI = 160
