@@ -27,6 +27,7 @@ import numpy as np
 from djpq_jax import config as config_lib
 from djpq_jax import experiment
 from djpq_jax import train
+from djpq_jax import workdir
 
 CONTROLS = {
   'W8A8': {'method': 'uniform', 'uniform_bits': (8, 8)},
@@ -121,6 +122,16 @@ def _half_the_search(base) -> dict:
     'search': {'epochs': epochs, 'optimizer': rates},
     'finetune': {'epochs': base.finetune.epochs + epochs},
   }
+
+
+def float_model(config, folder: pathlib.Path | None):
+  """A float model and its accuracy; `folder` keeps those of all seeds."""
+  if folder is None:
+    return experiment.float_model(config)
+  home = workdir.Workdir(folder / f'seed-{config.seed}', config)
+  home.check()  # it refuses those of another config
+  home.claim()
+  return experiment.float_model(config, float_dir=home.path)
 
 
 def one(config, model, float_accuracy) -> dict:
@@ -219,6 +230,9 @@ def main():
   parser.add_argument('--budgets', type=float, nargs='+')
   parser.add_argument('--two-stage-macs', type=float, nargs='+', default=[])
   parser.add_argument('--only', nargs='+', help='names of contestants')
+  parser.add_argument(
+    '--float-dir', type=pathlib.Path, help='where float models are kept'
+  )
   parser.add_argument('--out', required=True, type=pathlib.Path)
   args = parser.parse_args()
   base = config_lib.load(args.config, args.set)
@@ -236,7 +250,7 @@ def main():
     if all((name, seed) in done for name in wanted):
       continue
     config = config_lib.change(base, seed=seed)
-    model, accuracy = experiment.float_model(config)
+    model, accuracy = float_model(config, args.float_dir)
     print(f'seed {seed}: float {accuracy:.2%}', flush=True)
     for name in wanted:
       if (name, seed) in done:

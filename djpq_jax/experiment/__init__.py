@@ -45,9 +45,24 @@ __all__ = [
 ]
 
 
-def float_model(config, progress: setting.Progress | None = None):
-  """Trains a config's float model; returns it and its test accuracy."""
+def float_model(
+  config,
+  progress: setting.Progress | None = None,
+  float_dir: pathlib.Path | None = None,
+):
+  """Trains a config's float model; returns it and its test accuracy.
+
+  Args:
+    config: complete.
+    progress: is told of each look.
+    float_dir: where the checkpoints of the training are, from which it goes on
+      or is read; by default there are none.
+
+  Raises:
+    ValueError: the config cannot work.
+  """
   this = setting.prepare(config, progress)
+  this.float_dir = float_dir
   model = phases.train_float(this, setting.dense_model(this))
   return model, evaluation.evaluate(model, this.test_split, mesh=this.mesh())
 
