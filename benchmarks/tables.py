@@ -17,6 +17,7 @@ import sys
 from typing import Any
 
 import compare
+import crossvalidate
 import result_files
 import rich.console
 import tables_speed
@@ -148,6 +149,12 @@ def reliability() -> str:
   return compare.markdown(head, rows) + result_files.made(found)
 
 
+def ablations() -> str:
+  """What single changes of the method bring on images that were held out."""
+  found = result_files.read('ablations')
+  return f'{crossvalidate.table(found["runs"])}\n\n{result_files.made(found)}'
+
+
 def peers_digits() -> str:
   """Other libraries, and what their user had to train for a row."""
   found = result_files.read('peers_digits')
@@ -165,6 +172,7 @@ def text(name: str) -> str:
   special = {
     'demo': demo,
     'headline': headline,
+    'ablations': ablations,
     'alignment': alignment,
     'reliability': reliability,
     'inference': tables_speed.inference,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from djpq_jax import optim
 from djpq_jax import train
@@ -79,18 +80,6 @@ def test_bfloat16_stays_bfloat16():
   assert (of_kernel, of_x, y) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
 
 
-class _Separable(nnx.Module):
-  """A stem, a depthwise layer and a classifier."""
-
-  def __init__(self, rngs: nnx.Rngs):
-    self.stem = nnx.Conv(3, 4, (3, 3), rngs=rngs)
-    self.depthwise = nnx.Conv(4, 4, (3, 3), feature_group_count=4, rngs=rngs)
-    self.classifier = nnx.Linear(4, 10, rngs=rngs)
-
-  def __call__(self, x):
-    return self.classifier(self.depthwise(self.stem(x)).mean((1, 2)))
-
-
 def _summed(model) -> int:
   """How many of its layers are sums now."""
   return sum(
@@ -101,7 +90,7 @@ def _summed(model) -> int:
 
 
 def test_only_a_cpu_sums_them():
-  model = _Separable(nnx.Rngs(0))
+  model = tiny.make(tiny.Depthwise)
   with mock.patch.object(jax, 'default_backend', return_value='gpu'):
     depthwise.speed_up(model)
   assert not _summed(model)
@@ -111,10 +100,10 @@ def test_only_a_cpu_sums_them():
 
 @pytest.mark.standard_promotion  # optax
 def test_a_step_sums_them_and_its_model_has_convolutions():
-  model = _Separable(nnx.Rngs(0))
+  model = tiny.make(tiny.Depthwise)
   optimizer = optim.make(optim.OptimizerConfig(), 10)
   state = train.init(model, train.Objective(), optimizer)
-  batch = {'image': jnp.zeros((2, 8, 8, 3)), 'label': jnp.zeros(2, int)}
+  batch = tiny.batch()
 
   def convolutions():
     # A function of its own, as a trace is kept for each.

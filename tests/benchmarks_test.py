@@ -1,0 +1,150 @@
+"""Comparisons: what they write, what they go on with, what they change."""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from djpq_jax import layers
+from djpq_jax import optim
+from djpq_jax import train
+
+pytestmark = [
+  pytest.mark.standard_promotion,
+  pytest.mark.usefixtures('registered'),
+]
+BENCHMARKS = pathlib.Path(__file__).parent.parent / 'benchmarks'
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+  monkeypatch.syspath_prepend(BENCHMARKS)
+
+
+@pytest.fixture
+def ablations():
+  return importlib.import_module('ablations')
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+  """Runs a benchmark on the tiny experiment; returns what it wrote."""
+  (tmp_path / 'tiny.py').write_text(tiny.CONFIG)
+  epochs = ['float.epochs=4', 'search.epochs=10', 'finetune.epochs=2']
+  sets = [part for field in epochs for part in ('--set', field)]
+  out = tmp_path / 'out.json'
+
+  def run(name, *args):
+    argv = [name, '--config', str(tmp_path / 'tiny.py'), *sets, *args]
+    monkeypatch.setattr(sys, 'argv', [*argv, '--out', str(out)])
+    importlib.import_module(name).main()
+    return json.loads(out.read_text())
+
+  return run
+
+
+def test_contestants_share_a_float_model_and_meet_the_budget(
+  command, tmp_path, capsys
+):
+  floats = ['--float-dir', str(tmp_path / 'floats')]
+  always = ['--seeds', '3', '--budgets', '0.05', *floats, '--only', 'W4A4']
+  assert len(command('compare', *always)['runs']) == 1
+  before = (tmp_path / 'floats' / 'seed-3' / 'config.json').read_text()
+  names = ['DJPQ @5.000%']
+  runs = command('compare', *always, *names)['runs']
+  assert [r['contestant'] for r in runs] == ['W4A4', *names]
+  assert len({r['float_accuracy'] for r in runs}) == 1
+  for run in runs:
+    assert 0 <= run['accuracy'] <= 1
+    assert run['cross_entropy'] > 0
+    assert run['artifact_bytes'] > 0
+  for run in runs[1:]:
+    assert 0.9 * 0.05 < run['relative_bops'] <= 0.05
+  # What is there is not run again.
+  assert command('compare', *always, *names)['runs'] == runs
+  told = capsys.readouterr().out
+  assert told.count('float') == 2
+  assert '| DJPQ @5.000% | 1 |' in told
+  after = (tmp_path / 'floats' / 'seed-3' / 'config.json').read_text()
+  assert before == after
+  with pytest.raises(ValueError, match='already holds another experiment'):
+    command('compare', *always, 'W8A8', '--set', 'batch_size=16')
+
+
+def test_variants_are_compared_on_the_same_folds(command):
+  runs = command('crossvalidate', '--folds', '2', '--variant', 'DJPQ')['runs']
+  assert [(r['fold'], r['images']) for r in runs] == [(0, 48), (1, 48)]
+  assert {r['variant'] for r in runs} == {'DJPQ'}
+  assert len({r['cross_entropy'] for r in runs}) == 2
+  with pytest.raises(SystemExit, match="no ablation has the name 'nothing'"):
+    command('crossvalidate', '--variant', 'nothing')
+
+
+def test_differences_are_those_of_pairs():
+  crossvalidate = importlib.import_module('crossvalidate')
+  runs = [
+    {
+      'variant': variant,
+      'seed': 0,
+      'fold': fold,
+      'errors': 1 + fold,
+      'images': 50,
+      'cross_entropy': 0.1 * fold + more,
+    }
+    for fold in range(3)
+    for variant, more in (('first', 0.5), ('second', 0.6 + 0.01 * fold))
+  ]
+  rows = crossvalidate.table(runs).splitlines()
+  assert rows[2] == '| first | 6 | 150 | 96.00% | 0.6000 |  |'
+  assert rows[3] == '| second | 6 | 150 | 96.00% | 0.7100 | +0.1100 ± 0.0058 |'
+
+
+@pytest.mark.parametrize('kept', ['step', 'clip'])
+def test_bops_can_move_steps_or_clips_alone(ablations, kept):
+  def slopes(log_step, log_clip):
+    grid = layers.Quantizer(1.0, 4.0, signed=True, bounds=(2, 8))
+    grid.log_step[...], grid.log_clip[...] = log_step, log_clip
+    return grid.bits()
+
+  here = jnp.log(0.13), jnp.log(1.1)
+  plain = jax.grad(slopes, (0, 1))(*here)
+  with ablations.patched(f'BOPs move {kept}s alone'):
+    alone = jax.grad(slopes, (0, 1))(*here)
+  for name, before, after in zip(('step', 'clip'), plain, alone):
+    assert before != 0
+    np.testing.assert_allclose(after, before if name == kept else 0, rtol=1e-6)
+
+
+def test_gates_can_be_without_noise(ablations):
+  gates = [layers.Gate(5)]
+  with ablations.patched('gates without noise'):
+    (z,) = layers.sample(gates, jax.random.key(0), 7)
+  np.testing.assert_array_equal(z, np.ones((1, 5)))
+  (z,) = layers.sample(gates, jax.random.key(0), 7)
+  assert z.shape == (7, 5)
+
+
+def test_damping_draws_weights_to_their_cells(ablations):
+  """The more, the later in the finetuning; nothing in the search."""
+  model = tiny.compressed(tiny.Mlp)
+  optimizer = optim.make(optim.OptimizerConfig(), 10)
+  batch = tiny.batch()
+
+  def loss(noisy, step):
+    state = train.init(model, train.Objective(noisy=noisy), optimizer)
+    state = dataclasses.replace(state, step=jnp.int32(step))
+    total = ablations.step_lib.total_loss
+    return float(total(state.params, state, batch, jax.random.key(0))[0])
+
+  plain = loss(noisy=False, step=1), loss(noisy=True, step=1)
+  with ablations.patched('damped weights'):
+    assert loss(noisy=False, step=0) == plain[0]
+    assert loss(noisy=False, step=2) > loss(noisy=False, step=1) > plain[0]
+    assert loss(noisy=True, step=1) == plain[1]
