@@ -29,6 +29,8 @@ from djpq_jax import experiment
 from djpq_jax import train
 from djpq_jax import workdir
 
+# Of the environment, what figures may depend on.
+VARIABLES = ('GLIBC_TUNABLES', 'XLA_FLAGS')
 CONTROLS = {
   'W8A8': {'method': 'uniform', 'uniform_bits': (8, 8)},
   'W4A4': {'method': 'uniform', 'uniform_bits': (4, 4)},
@@ -46,6 +48,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
   'one schedule': {
     'search': {'optimizer': {'anneal': False}},
     'finetune': {'optimizer': {'warmup': 0.0}},
+  },
+  'averaged': {
+    'search': {'optimizer': {'average': 0.05}},
+    'finetune': {'optimizer': {'average': 0.05}},
   },
   'a fast ramp': {'search': {'ramp': 0.1}},
   'KL 1e-4': {'search': {'kl_weight': 1e-4}},
@@ -169,8 +175,9 @@ def commit() -> str:
 
 def environment() -> dict:
   """What made the figures."""
+  given = [f'{n}={os.environ[n]}' for n in VARIABLES if n in os.environ]
   return {
-    'command': ' '.join(['python', *sys.argv]),
+    'command': ' '.join([*given, 'python', *sys.argv]),
     'machine': f'{platform.machine()}, {os.cpu_count()} cores',
     'device': jax.devices()[0].device_kind,
     'versions': {

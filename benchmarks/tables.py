@@ -178,6 +178,9 @@ def text(name: str) -> str:
     'inference': tables_speed.inference,
     'inference_resnet18': lambda: tables_speed.inference('inference_resnet18'),
     'step_cost': tables_speed.step_cost,
+    'step_cost_huge_pages': lambda: tables_speed.step_cost(
+      'step_cost_huge_pages'
+    ),
     'step_profile': tables_speed.step_profile,
     'vectorised_search': tables_speed.vectorised_search,
     'devices': tables_speed.devices,

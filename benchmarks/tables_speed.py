@@ -49,9 +49,9 @@ def layer_profile() -> str:
 STEPS = ('float', 'search', 'gates alone', 'bits alone', 'finetune')
 
 
-def step_cost() -> str:
+def step_cost(name: str = 'step_cost') -> str:
   """What a step of each phase takes of the float step."""
-  found = result_files.read('step_cost')
+  found = result_files.read(name)
   rows = []
   for k in range(0, len(found['runs']), len(STEPS)):
     run = found['runs'][k : k + len(STEPS)]
