@@ -1,20 +1,23 @@
 """Changes of the method that no config has, each alone: crossvalidate.py."""
 
 import contextlib
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from djpq_jax import compress
 from djpq_jax import layers
 from djpq_jax import optim
+from djpq_jax import train
 from djpq_jax.experiment import phases
 from djpq_jax.ops import quantize
 from djpq_jax.train import step as step_lib
 
 DAMPING = 1e-4  # per weight, of its squared distance from the grid, in steps
+AVERAGED = 0.05  # of a phase's steps: what an average of weights looks back on
 
 
 def _steps_alone(self, *, restricted: bool = True):
@@ -70,9 +73,46 @@ def _noting_steps(run, model, teacher, *, steps: int):
   return _FINETUNE_STATE(run, model, teacher, steps=steps)
 
 
+class _Average(NamedTuple):
+  params: dict
+
+
+def _averaging(config, steps: int):
+  """The optimizer, with an average of the weights in its state."""
+  inner = _MAKE(config, steps)
+  decay = 1 - 1 / max(1.0, AVERAGED * steps)
+
+  def init(params):
+    # A copy, since a step is given the buffers of both.
+    return inner.init(params), _Average(jax.tree.map(jnp.copy, params))
+
+  def update(updates, state, params=None):
+    updates, moved = inner.update(updates, state[0], params)
+    after = optax.apply_updates(params, updates)
+    average = optax.incremental_update(after, state[1].params, 1 - decay)
+    return updates, (moved, _Average(average))
+
+  return optax.GradientTransformation(init, update)
+
+
+def _model_of_average(state):
+  """The model with the averages of its weights; grids and gates are the last.
+
+  A phase that was trained before, without averages, is taken as it is.
+  """
+  found = state.opt_state
+  if isinstance(found, tuple) and isinstance(found[-1], _Average):
+    weights = found[-1].params['weights']
+    params = dict(state.params) | {'weights': weights}
+    return optim.merge(state.program.eval_graph, params, state.rest)
+  return _MODEL_OF(state)
+
+
 _STEPS = {'finetune': 1}
 _TOTAL_LOSS = step_lib.total_loss
 _FINETUNE_STATE = phases.finetune_state
+_MAKE = optim.make
+_MODEL_OF = train.model_of
 
 # Name -> what is replaced: (where, attribute, by what).
 PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
@@ -82,6 +122,10 @@ PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
   'damped weights': [
     (step_lib, 'total_loss', _damped_loss),
     (phases, 'finetune_state', _noting_steps),
+  ],
+  'averaged weights': [
+    (optim, 'make', _averaging),
+    (train, 'model_of', _model_of_average),
   ],
 }
 

@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -48,10 +49,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
   'one schedule': {
     'search': {'optimizer': {'anneal': False}},
     'finetune': {'optimizer': {'warmup': 0.0}},
-  },
-  'averaged': {
-    'search': {'optimizer': {'average': 0.05}},
-    'finetune': {'optimizer': {'average': 0.05}},
   },
   'a fast ramp': {'search': {'ramp': 0.1}},
   'KL 1e-4': {'search': {'kl_weight': 1e-4}},
@@ -135,7 +132,13 @@ def float_model(config, folder: pathlib.Path | None):
   if folder is None:
     return experiment.float_model(config)
   home = workdir.Workdir(folder / f'seed-{config.seed}', config)
-  home.check()  # it refuses those of another config
+  try:
+    home.check()
+  except ValueError as error:
+    raise SystemExit(
+      f'{home.path} is not the float model of this config and seed: choose '
+      'another --float-dir'
+    ) from error
   home.claim()
   return experiment.float_model(config, float_dir=home.path)
 
@@ -175,9 +178,10 @@ def commit() -> str:
 
 def environment() -> dict:
   """What made the figures."""
-  given = [f'{n}={os.environ[n]}' for n in VARIABLES if n in os.environ]
+  here = [(n, os.environ[n]) for n in VARIABLES if n in os.environ]
+  given = [f'{name}={shlex.quote(value)}' for name, value in here]
   return {
-    'command': ' '.join([*given, 'python', *sys.argv]),
+    'command': ' '.join([*given, 'python', shlex.join(sys.argv)]),
     'machine': f'{platform.machine()}, {os.cpu_count()} cores',
     'device': jax.devices()[0].device_kind,
     'versions': {
@@ -187,6 +191,37 @@ def environment() -> dict:
       'numpy': np.__version__,
     },
   }
+
+
+def runs_of(path: pathlib.Path) -> list[dict]:
+  """The runs that a result file holds."""
+  return json.loads(path.read_text())['runs'] if path.exists() else []
+
+
+def add(path: pathlib.Path, runs: list[dict], versions=(), **about) -> None:
+  """Adds runs to a result file, and this command to those that made it.
+
+  Args:
+    path: a file; it is made if there is none.
+    runs: what to add.
+    versions: of libraries that this process does not have.
+    **about: what a new file says besides.
+  """
+  made = environment()
+  command = made.pop('command')
+  result: dict[str, Any] = {'environment': made, **about, 'runs': []}
+  if path.exists():  # another process may have written to it
+    result = json.loads(path.read_text())
+  made = result['environment']
+  commands = made.setdefault('commands', [])
+  if 'command' in made:
+    commands.append(made.pop('command'))
+  if command not in commands:
+    commands.append(command)
+  made['versions'] |= dict(versions)
+  result['runs'] += runs
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(result, indent=1) + '\n')
 
 
 def grouped(runs: list[dict]) -> dict[str, list[dict]]:
@@ -244,14 +279,7 @@ def main():
   args = parser.parse_args()
   base = config_lib.load(args.config, args.set)
   rows = contestants(base, args.budgets or [base.budget], args.two_stage_macs)
-  result: dict[str, Any] = {
-    'environment': environment(),
-    'config': args.config,
-    'runs': [],
-  }
-  if args.out.exists():
-    result = json.loads(args.out.read_text())
-  done = {(r['contestant'], r['seed']) for r in result['runs']}
+  done = {(r['contestant'], r['seed']) for r in runs_of(args.out)}
   wanted = [n for n in rows if not args.only or n in args.only]
   for seed in args.seeds:
     if all((name, seed) in done for name in wanted):
@@ -270,13 +298,9 @@ def main():
       except (ValueError, train.TrainingError) as error:
         # As a budget that bits alone cannot reach: one sentence for the user.
         run['error'] = told = f'{type(error).__name__}: {error}'
-      if args.out.exists():  # another process may work on other seeds
-        result = json.loads(args.out.read_text())
-      result['runs'].append(run)
-      args.out.parent.mkdir(parents=True, exist_ok=True)
-      args.out.write_text(json.dumps(result, indent=1) + '\n')
+      add(args.out, [run], config=args.config)
       print(f'seed {seed}: {name} {told}', flush=True)
-  print(table(result['runs']))
+  print(table(runs_of(args.out)))
 
 
 if __name__ == '__main__':

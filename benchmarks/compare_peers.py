@@ -213,31 +213,20 @@ def main():
   macs = experiment.dense_structure(base).graph.float_macs
   commit = compare.commit()  # before this writes to a file of the repository
   for seed, peer in itertools.product(args.seeds, args.peers):
-    result: dict[str, Any] = {
-      'environment': compare.environment() | {'commands': []},
-      'config': CONFIG,
-      'runs': [],
-    }
-    if args.out.exists():
-      result = json.loads(args.out.read_text())
     targets = contestants(peer, args.budgets, macs, args.fixed)
-    done = {(r['contestant'], r['seed']) for r in result['runs']}
+    runs = compare.runs_of(args.out)
+    done = {(r['contestant'], r['seed']) for r in runs}
     left = [name for name in targets if (name, seed) not in done]
     if not left:
       continue
     config = config_lib.change(base, seed=seed)
     found = trained(peer, config, [targets[n] for n in left], macs)
     float_accuracy = float(np.load(given(config))['float_accuracy'])
-    for name, run in zip(left, found):
-      run = {'contestant': name, 'seed': seed, 'commit': commit} | run
-      result['runs'].append(run | {'float_accuracy': float_accuracy})
+    of_all = {'seed': seed, 'commit': commit, 'float_accuracy': float_accuracy}
+    new = [{'contestant': n} | of_all | run for n, run in zip(left, found)]
+    for run in new:
       print(json.dumps(run), flush=True)
-    environment = result['environment']
-    environment['versions'] |= versions(peer)
-    command = compare.environment()['command']
-    if command not in environment['commands']:
-      environment['commands'].append(command)
-    args.out.write_text(json.dumps(result, indent=1) + '\n')
+    compare.add(args.out, new, versions(peer), config=CONFIG)
 
 
 if __name__ == '__main__':

@@ -15,9 +15,7 @@ finished run is added to the file at once, and runs that it holds are skipped.
 import argparse
 import dataclasses
 import itertools
-import json
 import pathlib
-from typing import Any
 
 import ablations
 import compare
@@ -134,10 +132,8 @@ def main():
   parser.add_argument('--seeds', type=int, nargs='+', default=[100])
   parser.add_argument('--out', type=pathlib.Path, required=True)
   args = parser.parse_args()
-  result: dict[str, Any] = {'environment': compare.environment(), 'runs': []}
-  if args.out.exists():
-    result = json.loads(args.out.read_text())
-  done = {(r['variant'], r['seed'], r['fold']) for r in result['runs']}
+  runs = compare.runs_of(args.out)
+  done = {(r['variant'], r['seed'], r['fold']) for r in runs}
   for seed, fold in itertools.product(args.seeds, range(args.folds)):
     always = [*args.set, f'seed={seed}']
     variants = dict(settings(v, args.config, always) for v in args.variant)
@@ -151,10 +147,9 @@ def main():
       with ablations.patched(name):
         found = one(variants[name], fold, args.folds, model)
       row = {'variant': name, 'seed': seed, 'fold': fold} | found
-      result['runs'].append(row | {'commit': compare.commit()})
-      args.out.write_text(json.dumps(result, indent=1) + '\n')
+      compare.add(args.out, [row | {'commit': compare.commit()}])
       print(row, flush=True)
-  print(table(result['runs']))
+  print(table(compare.runs_of(args.out)))
 
 
 if __name__ == '__main__':

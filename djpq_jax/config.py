@@ -27,7 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 # Fields that say how much of a whole.
-PARTS = ('ramp', 'warmup', 'distill', 'smoothing', 'validation', 'average')
+PARTS = ('ramp', 'warmup', 'distill', 'smoothing', 'validation')
 
 
 class ConfigError(ValueError):
@@ -113,7 +113,6 @@ def _optimizer() -> dict[str, Any]:
     'gate_rate': 3e-2,
     'clip_norm': 5.0,
     'decay_gates': True,
-    'average': 0.0,  # of the phase's steps: what weights are averaged over
   }
 
 

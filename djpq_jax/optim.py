@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax import nnx
 import jax
@@ -31,8 +31,6 @@ class OptimizerConfig:
     clip_norm: largest global norm of the weights' gradients.
     decay_gates: whether the rates of gates and quantizers fall as the
       weights' do.
-    average: the model of a phase has its weights averaged over about so much
-      of the phase's steps, exponentially; 0: it has the last ones.
   """
 
   name: str = 'adam'
@@ -45,7 +43,6 @@ class OptimizerConfig:
   gate_rate: float = 3e-2
   clip_norm: float = 5.0
   decay_gates: bool = True
-  average: float = 0.0
 
   def __post_init__(self):
     if self.name not in ('adam', 'sgd'):
@@ -58,8 +55,6 @@ class OptimizerConfig:
       )
     if not 0 <= self.momentum < 1:
       raise ValueError(f'momentum must be from 0 to below 1: {self.momentum}')
-    if not 0 <= self.average < 1:
-      raise ValueError(f'average must be from 0 to below 1: {self.average}')
 
 
 def split(model) -> tuple[nnx.GraphDef, dict[str, Any], Any]:
@@ -109,56 +104,16 @@ def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
       rate = cosine(rate, steps, config.warmup)
     return _flattened(optax.adam(rate))
 
-  memory = config.average * steps  # of the average, in steps
-  average = [_average(1 - 1 / memory)] if memory > 1 else []
   chains = {
     'weights': optax.chain(
       optax.clip_by_global_norm(config.clip_norm),
       *rule,
       optax.scale_by_learning_rate(schedule),
-      *average,
     ),
     'quantizers': adam(config.quantizer_rate),
     'gates': adam(config.gate_rate),
   }
   return optax.multi_transform(chains, {k: k for k in chains})
-
-
-class AverageState(NamedTuple):
-  """The average of parameters, like them."""
-
-  average: Any
-
-
-def _average(decay: float) -> optax.GradientTransformation:
-  """Changes no update; remembers what the updates make of the parameters."""
-
-  def init(params):
-    # A copy, since a step gives its buffers away, each once.
-    return AverageState(jax.tree.map(jnp.copy, params))
-
-  def update(updates, state, params=None):
-    after = optax.apply_updates(params, updates)
-    average = optax.incremental_update(after, state.average, 1 - decay)
-    return updates, AverageState(average)
-
-  return optax.GradientTransformation(init, update)
-
-
-def settled(params: Mapping[str, Any], opt_state) -> dict[str, Any]:
-  """The parameters of a phase's model: averaged, if the optimizer does that.
-
-  Args:
-    params: as `split` gives them.
-    opt_state: of an optimizer from `make`.
-
-  Returns:
-    Parameters like `params`.
-  """
-  found = optax.tree.get(opt_state, AverageState.__name__)
-  if found is None:
-    return dict(params)
-  return dict(params) | {'weights': found.average['weights']}
 
 
 def _flattened(inner: optax.GradientTransformation):

@@ -56,7 +56,10 @@ def test_contestants_share_a_float_model_and_meet_the_budget(
   floats = ['--float-dir', str(tmp_path / 'floats')]
   always = ['--seeds', '3', '--budgets', '0.05', *floats, '--only', 'W4A4']
   assert len(command('compare', *always)['runs']) == 1
-  before = (tmp_path / 'floats' / 'seed-3' / 'config.json').read_text()
+  floats = tmp_path / 'floats' / 'seed-3'
+  files = [f for f in floats.rglob('*') if f.is_file()]
+  assert len(files) > 2
+  before = {f: f.stat().st_mtime_ns for f in files}
   names = ['DJPQ @5.000%']
   runs = command('compare', *always, *names)['runs']
   assert [r['contestant'] for r in runs] == ['W4A4', *names]
@@ -72,10 +75,26 @@ def test_contestants_share_a_float_model_and_meet_the_budget(
   told = capsys.readouterr().out
   assert told.count('float') == 2
   assert '| DJPQ @5.000% | 1 |' in told
-  after = (tmp_path / 'floats' / 'seed-3' / 'config.json').read_text()
-  assert before == after
-  with pytest.raises(ValueError, match='already holds another experiment'):
+  assert before == {f: f.stat().st_mtime_ns for f in files}
+  with pytest.raises(SystemExit, match='choose another --float-dir'):
     command('compare', *always, 'W8A8', '--set', 'batch_size=16')
+
+
+def test_files_tell_all_commands_that_added_to_them(command, monkeypatch):
+  monkeypatch.setenv('GLIBC_TUNABLES', 'glibc.malloc.hugetlb=1')
+  flags = '--xla_force_host_platform_device_count=4 --xla_dump_to='
+  monkeypatch.setenv('XLA_FLAGS', flags)
+  always = ['--seeds', '0', '--budgets', '0.05', '--only']
+  command('compare', *always, 'W8A8')
+  monkeypatch.delenv('GLIBC_TUNABLES')
+  monkeypatch.delenv('XLA_FLAGS')
+  found = command('compare', *always, 'W8A8', 'DJPQ one schedule @5.000%')
+  first, second = found['environment']['commands']
+  assert first.startswith(
+    f"GLIBC_TUNABLES=glibc.malloc.hugetlb=1 XLA_FLAGS='{flags}' python compare"
+  )
+  assert second.startswith('python compare --config ')
+  assert "W8A8 'DJPQ one schedule @5.000%' --out " in second
 
 
 def test_variants_are_compared_on_the_same_folds(command):
@@ -148,3 +167,24 @@ def test_damping_draws_weights_to_their_cells(ablations):
     assert loss(noisy=False, step=0) == plain[0]
     assert loss(noisy=False, step=2) > loss(noisy=False, step=1) > plain[0]
     assert loss(noisy=True, step=1) == plain[1]
+
+
+def test_weights_can_be_averaged(ablations):
+  rates = optim.OptimizerConfig(learning_rate=0.1, warmup=0.0)
+  batch = tiny.batch()
+
+  def trained(steps):
+    optimizer = optim.make(rates, 60)  # averages look back on three steps
+    state = train.init(tiny.make(tiny.Mlp), train.Objective(), optimizer)
+    state = train.fit(state, lambda step: batch, steps)
+    return state, train.model_of(state).head.kernel[...]
+
+  kernels = [trained(steps)[1] for steps in (0, 1, 2)]
+  average = kernels[0]
+  for kernel in kernels[1:]:
+    average = average + (kernel - average) / 3
+  with ablations.patched('averaged weights'):
+    state, found = trained(2)
+  np.testing.assert_allclose(found, average, rtol=1e-5, atol=1e-6)
+  last = state.params['weights']['head']['kernel']
+  np.testing.assert_array_equal(last, kernels[-1])

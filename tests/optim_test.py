@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import chex
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -206,35 +205,6 @@ def test_rates_of_gates_and_quantizers_fall_only_if_asked_to(decay_gates):
 # -- schedules and bad settings -----------------------------------------------
 
 
-@pytest.mark.parametrize('name', ['adam', 'sgd'])
-def test_weights_settle_on_their_average(name):
-  config = _config(name=name, average=0.004)  # over 4 of 1000 steps
-  optimizer = optim.make(config, 1000)
-  params, state = PARAMS, optimizer.init(PARAMS)
-  plain = dataclasses.replace(config, average=0.0)
-  want = PARAMS['weights']
-  for count in range(1, 4):
-    updates, state = optimizer.update(GRADS, state, params)
-    params = optax.apply_updates(params, updates)
-    last = _steps(plain, count)
-    want = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, want, last['weights'])
-  got = optim.settled(params, state)
-  chex.assert_trees_all_close(got['weights'], want, rtol=1e-6)
-  # The steps themselves are as before.
-  chex.assert_trees_all_close(params, last, rtol=1e-6)
-  for kind in ('gates', 'quantizers'):
-    assert got[kind] is params[kind]
-
-
-@pytest.mark.parametrize('average', [0.0, 0.001])
-def test_an_average_over_one_step_is_the_last(average):
-  optimizer = optim.make(_config(average=average), 1000)
-  state = optimizer.init(PARAMS)
-  assert optim.settled(PARAMS, state) == PARAMS
-  without = optim.make(_config(), 1000).init(PARAMS)
-  assert jax.tree.structure(state) == jax.tree.structure(without)
-
-
 def test_cosine_rises_and_ends_at_zero():
   schedule = optim.cosine(0.4, 100, 0.1)
   got = [float(schedule(step)) for step in (0, 5, 10, 55, 100, 150)]
@@ -257,7 +227,6 @@ def test_short_phases_have_a_schedule_too(steps):
     (dict(name='adamw'), "'adam' or 'sgd', got 'adamw'"),
     (dict(learning_rate=0.0), 'learning_rate must be positive'),
     (dict(momentum=1.0), 'momentum must be from 0 to below 1'),
-    (dict(average=1.0), 'average must be from 0 to below 1'),
     (dict(learning_rate=-1.0), 'learning_rate must be positive'),
     (dict(learning_rate=float('nan')), 'learning_rate must be positive'),
   ],

@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from djpq_jax import optim
+from djpq_jax import parallel
 from djpq_jax import train
 from djpq_jax.train import depthwise
 
@@ -26,6 +27,12 @@ LAYERS = {
   'two outputs each': dict(kernel_size=(3, 3), out_features=12),
   'two inputs each': dict(kernel_size=(3, 3), feature_group_count=3),
 }
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu():
+  with mock.patch.object(jax, 'default_backend', return_value='cpu'):
+    yield
 
 
 def _value_and_slopes(layer, x):
@@ -63,21 +70,59 @@ def test_a_depthwise_layer_is_no_convolution_any_more():
   assert 'conv_general_dilated' not in str(jax.make_jaxpr(view)(x))
 
 
-def test_bfloat16_stays_bfloat16():
-  layer = nnx.Conv(
-    4,
-    4,
-    (3, 3),
-    feature_group_count=4,
-    dtype=jnp.bfloat16,
-    rngs=nnx.Rngs(0),
-  )
+def test_bfloat16_is_summed_in_float32():
+  """Values and slopes lie within the last of bfloat16's bits."""
+  kwargs = dict(feature_group_count=4, use_bias=False, rngs=nnx.Rngs(0))
+  layer = nnx.Conv(4, 4, (5, 5), dtype=jnp.bfloat16, **kwargs)
+  layer.kernel[...] = layer.kernel[...].astype(jnp.bfloat16).astype('float32')
   depthwise.speed_up(layer)
-  x = jnp.ones((2, 5, 5, 4), jnp.bfloat16)
-  of_kernel, of_x, y = (
-    v.dtype for v in _value_and_slopes(layer, x) if v.ndim > 1
+  x = np.random.default_rng(0).normal(1, 1, (64, 9, 9, 4))
+  x = jnp.asarray(x, jnp.bfloat16)
+  found = _value_and_slopes(layer, x)
+  assert [v.dtype for v in found] == [jnp.float32, jnp.bfloat16, jnp.bfloat16]
+  # The same slopes at the outputs, with all else in float32.
+  layer.dtype = jnp.float32
+  y, vjp = jax.vjp(lambda k, x: _with_kernel(layer, k)(x), *_wide(layer, x))
+  of_kernel, of_x = vjp(jnp.cos(found[2]).astype(jnp.float32))
+  for got, want in zip(found, (of_kernel, of_x, y)):
+    scale = np.abs(want).max()
+    np.testing.assert_allclose(
+      got.astype(jnp.float32), want, rtol=2**-7, atol=2**-8 * scale / 4
+    )
+
+
+def _wide(layer, x):
+  return layer.kernel[...], x.astype(jnp.float32)
+
+
+def _with_kernel(layer, kernel):
+  new = nnx.clone(layer)
+  new.kernel[...] = kernel
+  return new
+
+
+@pytest.mark.parametrize(
+  'asks', ['preferred_element_type', 'padding of spread inputs']
+)
+def test_what_is_asked_for_besides_is_left_to_xla(asks):
+  """A type of the outputs; padding by name, which XLA refuses there."""
+  x, kernel = jnp.ones((2, 5, 5, 4)), jnp.ones((3, 3, 1, 4))
+  kwargs = dict(
+    strides=(1, 1),
+    padding='SAME',
+    lhs_dilation=(1, 1),
+    rhs_dilation=(1, 1),
+    feature_group_count=4,
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
   )
-  assert (of_kernel, of_x, y) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
+  if asks == 'preferred_element_type':
+    x, kernel = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    kwargs |= {asks: jnp.float32}
+    assert depthwise.convolve(x, kernel, **kwargs).dtype == jnp.float32
+  else:
+    kwargs |= {'lhs_dilation': (2, 2)}
+    with pytest.raises(ValueError, match='padding'):
+      depthwise.convolve(x, kernel, **kwargs)
 
 
 def _summed(model) -> int:
@@ -117,6 +162,62 @@ def test_a_step_sums_them_and_its_model_has_convolutions():
   assert plain == summed + 3
   assert not _summed(model)
   assert not _summed(train.model_of(state))
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_each_device_sums_its_own_share_of_the_batch(accumulate):
+  if jax.device_count() < 4:
+    pytest.skip('needs four devices')
+  mesh = parallel.mesh(jax.devices()[:4])
+
+  def state():
+    optimizer = optim.make(optim.OptimizerConfig(), 10)
+    model = tiny.make(tiny.Depthwise)
+    objective = train.Objective()
+    return train.init(model, objective, optimizer, accumulate=accumulate)
+
+  batch = tiny.batch(32)
+  expected, _ = jax.jit(train.train_step)(state(), batch)
+  step = parallel.jit_step(train.train_step, mesh)
+  placed = parallel.replicate(state(), mesh), parallel.spread(batch, mesh)
+  compiled = step.lower(*placed).compile()
+  assert 'all-gather' not in compiled.as_text()
+  found, _ = compiled(*placed)
+  chex.assert_trees_all_close(
+    parallel.gather(found.params), expected.params, rtol=1e-5, atol=1e-6
+  )
+
+
+@pytest.mark.standard_promotion
+def test_steps_sum_with_a_teacher_and_where_they_keep_less():
+  model, batch = tiny.make(tiny.Depthwise), tiny.batch(32)
+  optimizer = optim.make(optim.OptimizerConfig(), 10)
+  objective = train.Objective(distill=0.5)
+  teacher = tiny.make(tiny.Depthwise, seed=1)
+  state = train.init(model, objective, optimizer, teacher=teacher)
+
+  def convolutions(step, *args):
+    found = str(jax.make_jaxpr(lambda *args: step(*args))(*args))
+    return found.count(' conv_general_dilated[')
+
+  def plain(step, *args):
+    with mock.patch.object(jax, 'default_backend', return_value='gpu'):
+      return convolutions(step, *args)
+
+  # The layer and its two slopes, and the teacher's.
+  assert plain(train.train_step, state, batch) == 4 + convolutions(
+    train.train_step, state, batch
+  )
+  batch |= {'mask': np.ones(32, np.float32)}
+  step = train.eval_step.__wrapped__
+  assert plain(step, state, batch) == 1 + convolutions(step, state, batch)
+  how = {'teacher': teacher, 'remat': True}
+  kept = train.init(model, objective, optimizer, **how)
+  batch.pop('mask')
+  expected, _ = jax.jit(train.train_step)(state, batch)
+  found, _ = jax.jit(train.train_step)(kept, batch)
+  chex.assert_trees_all_close(found.params, expected.params, rtol=1e-5)
 
 
 def test_a_convolution_of_the_users_own_is_left():

@@ -308,21 +308,6 @@ def test_eval_step_leaves_out_what_fills_a_batch_up(search):
   assert list(map(float, found)) == [right[:20].sum(), 20]
 
 
-def test_the_model_of_a_phase_has_averaged_weights():
-  rates = optim.OptimizerConfig(learning_rate=0.3, warmup=0.0, average=0.5)
-  state = plain(optimizer=optim.make(rates, 20))
-  state = train.fit(state, batch_at, 6)
-  kernel = train.model_of(state).head.kernel[...]
-  average = optim.settled(state.params, state.opt_state)['weights']
-  np.testing.assert_array_equal(kernel, average['head']['kernel'])
-  assert np.any(kernel != state.params['weights']['head']['kernel'])
-  # So has what is evaluated on the way.
-  batch = batch_at(0) | {'mask': np.ones(32, np.float32)}
-  logits = train.model_of(state)(batch['image'])
-  right = np.argmax(logits, -1) == batch['label']
-  assert float(train.eval_step(state, batch)[0]) == right.sum()
-
-
 def test_fit_passes_on_what_the_data_raise(search):
   def broken(step):
     if step == 2:

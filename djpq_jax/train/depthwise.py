@@ -7,6 +7,7 @@ kernel's window, it is fused into one pass over the images.
 
 from collections.abc import Iterator, Sequence
 import itertools
+import math
 
 from flax import nnx
 import jax
@@ -56,12 +57,18 @@ def convolve(
     lhs_dilation: of the inputs.
     rhs_dilation: of the window.
     feature_group_count: groups.
-    **others: as `jax.lax.conv_general_dilated` has them.
+    **others: as `jax.lax.conv_general_dilated` has them; what asks for a
+      type or a sharding of the outputs is left to XLA.
 
   Returns:
     [B, *spatial, outputs].
   """
-  if kernel.shape[-2] != 1 or kernel.shape[-1] != feature_group_count:
+  asks = (others.get(k) for k in ('preferred_element_type', 'out_sharding'))
+  if (
+    kernel.shape[-2:] != (1, feature_group_count)
+    or any(x is not None for x in asks)
+    or (isinstance(padding, str) and max(lhs_dilation) > 1)
+  ):
     return jax.lax.conv_general_dilated(
       inputs,
       kernel,
@@ -74,7 +81,7 @@ def convolve(
     )
   if isinstance(padding, str):
     padding = jax.lax.padtype_to_pads(
-      [(n - 1) * d + 1 for n, d in zip(inputs.shape[1:-1], lhs_dilation)],
+      inputs.shape[1:-1],
       [(n - 1) * d + 1 for n, d in zip(kernel.shape, rhs_dilation)],
       strides,
       padding,
@@ -105,11 +112,16 @@ def _windows(
 def _products(padded, kernel, strides: Sizes, dilation: Sizes):
   """The sum of the products of all places, [B, *spatial, C]."""
   window = kernel.shape[:-2]
-  seen = _windows(padded, window, strides, dilation)
   ones = [1] * (padded.ndim - 1)
-  weights = kernel.reshape(*window, *ones, kernel.shape[-1])
+  weights = _wide(kernel).reshape(*window, *ones, kernel.shape[-1])
+  seen = _windows(_wide(padded), window, strides, dilation)
   first, *rest = (x * weights[place] for place, x in seen)
-  return sum(rest, first)
+  return sum(rest, first).astype(padded.dtype)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+  """In float32 at least, as sums should be."""
+  return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
 
 
 _sum = jax.custom_vjp(_products, nondiff_argnums=(2, 3))
@@ -129,16 +141,22 @@ def _backward(strides: Sizes, dilation: Sizes, residuals, g):
   # XLA's sums over batch and space down to a vector of channels are slow; so
   # examples are added up one by one, all places of the window in one pass.
   def add(sums, example):
-    one, slope = example
-    products = (
-      x[0] * slope for _, x in _windows(one[None], window, strides, dilation)
-    )
-    return [s + p.astype(s.dtype) for s, p in zip(sums, products)], None
+    one, slope = map(_wide, example)
+    seen = _windows(one[None], window, strides, dilation)
+    return [s + x[0] * slope for s, (_, x) in zip(sums, seen)], None
 
-  zeros = jnp.zeros(g.shape[1:], jnp.float32)
-  sums, _ = jax.lax.scan(add, [zeros] * int(np.prod(window)), (padded, g))
-  spatial = tuple(range(g.ndim - 2))
-  of_kernel = jnp.stack([s.sum(spatial) for s in sums]).reshape(kernel.shape)
+  def sums(padded, g):
+    zeros = jnp.zeros(g.shape[1:], _wide(g).dtype)
+    places = [zeros] * math.prod(window)
+    return jax.lax.scan(add, places, (padded, g))[0]
+
+  # Each device goes through its own share of the batch: were the whole batch
+  # gone through at once, all of them would go through all of it.
+  shares = math.gcd(len(g), jax.device_count())
+  spread = (x.reshape(shares, -1, *x.shape[1:]) for x in (padded, g))
+  found = jax.vmap(sums)(*spread)  # places of [shares, *spatial, C]
+  rest = tuple(range(g.ndim - 1))
+  of_kernel = jnp.stack([s.sum(rest) for s in found]).reshape(kernel.shape)
   (of_padded,) = jax.vjp(of_inputs, padded)[1](g)
   return of_padded, of_kernel.astype(kernel.dtype)
 

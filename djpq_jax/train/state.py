@@ -211,5 +211,4 @@ def _strong_copy(x):
 
 def model_of(state: TrainState):
   """The model as it stands in a state, ready to predict."""
-  params = optim.settled(state.params, state.opt_state)
-  return optim.merge(state.program.eval_graph, params, state.rest)
+  return optim.merge(state.program.eval_graph, state.params, state.rest)
