@@ -87,8 +87,8 @@ def settings(variant: str, source: str, always: list[str]):
 def table(runs: list[dict]) -> str:
   """Each variant over all folds and seeds, as Markdown.
 
-  Cross-entropies are compared with those of the first variant on the same
-  folds: the mean of the differences, and its standard error.
+  Errors and cross-entropies are compared with those of the first variant on
+  the same folds; of the latter, the mean difference and its standard error.
   """
   variants = {
     name: {(r['seed'], r['fold']): r for r in runs if r['variant'] == name}
@@ -100,7 +100,9 @@ def table(runs: list[dict]) -> str:
     errors, images = (
       sum(r[key] for r in of.values()) for key in ('errors', 'images')
     )
-    rows.append([name, str(errors), str(images), f'{1 - errors / images:.2%}'])
+    beside = sum(first[k]['errors'] for k in of if k in first)
+    rows.append([name, str(errors), str(beside), str(images)])
+    rows[-1].append(f'{1 - errors / images:.2%}')
     both = [k for k in of if k in first and 'cross_entropy' in of[k]]
     entropy, before = (
       np.array([v[k]['cross_entropy'] for k in both]) for v in (of, first)
@@ -117,8 +119,8 @@ def table(runs: list[dict]) -> str:
         f'{worse.mean():+.4f} ± {error:.4f}',
       ]
   return compare.markdown(
-    'variant | errors | images | accuracy | cross-entropy, nats '
-    '| above the first',
+    'variant | errors | the first has | images | accuracy '
+    '| cross-entropy, nats | above the first',
     rows,
   ).rstrip()
 

@@ -24,10 +24,16 @@ def made(found: dict) -> str:
   made = made or [found['environment']]
   commands = [c for m in made for c in m.get('commands') or [m['command']]]
   commits = {r.get('commit') or found['commit'] for r in runs}
+  machine = [made[0]['machine']]
+  if 'cpu' in found:
+    machine.append(found['cpu']['name'])
+  if 'threads' in found:
+    machine.append(f'{found["threads"]} thread(s)')
   versions = made[0]['versions'].items()
-  return (
+  said = (
     '; '.join(f'`{command}`' for command in dict.fromkeys(commands))
-    + f', commit {", ".join(sorted(commits))}, {made[0]["machine"]}, '
+    + f', commit {", ".join(sorted(commits))}, {", ".join(machine)}, '
     + ', '.join(f'{name} {version}' for name, version in versions)
-    + '.\n'
+    + '.'
   )
+  return '\n\n'.join([said, *(m['note'] for m in made if 'note' in m)]) + '\n'

@@ -8,12 +8,14 @@ result file says; `--check` only tells whether they are up to date, and
 """
 
 import argparse
+import inspect
 import io
 import json
 import pathlib
 import re
 import shutil
 import sys
+import textwrap
 from typing import Any
 
 import compare
@@ -22,6 +24,7 @@ import result_files
 import rich.console
 import tables_speed
 
+from djpq_jax import config
 from djpq_jax import report
 
 BLOCK = re.compile(r'(<!-- table (\w+) -->\n).*?(<!-- end -->)', re.DOTALL)
@@ -63,7 +66,8 @@ def comparison(name: str) -> str:
 
 HEADLINES = {
   'digits': 'digits',
-  'ResNet-20, CIFAR-10': 'resnet20_cifar10',
+  'ResNet-20, CIFAR-10, 5 epochs': 'resnet20_cifar10',
+  'ResNet-20, CIFAR-10, 10 epochs': 'resnet20_cifar10_10_epochs',
 }
 
 
@@ -155,6 +159,20 @@ def ablations() -> str:
   return f'{crossvalidate.table(found["runs"])}\n\n{result_files.made(found)}'
 
 
+def fields() -> str:
+  """All fields of a config, as the source has them."""
+  source = inspect.getsource(config)
+  blocks = []
+  for start, end in (
+    ('ConfigDict(\n', '\n  )\n'),
+    ('_optimizer() -> dict[str, Any]:\n', '\n\n'),
+  ):
+    block = source[source.index(start) + len(start) :]
+    blocks.append(textwrap.dedent(block[: block.index(end)]))
+  shown = '\n\n'.join(blocks).replace('return {', 'OPTIMIZER = {')
+  return f'```python\n{shown.replace("_optimizer()", "OPTIMIZER")}\n```\n'
+
+
 def peers_digits() -> str:
   """Other libraries, and what their user had to train for a row."""
   found = result_files.read('peers_digits')
@@ -172,15 +190,14 @@ def text(name: str) -> str:
   special = {
     'demo': demo,
     'headline': headline,
+    'fields': fields,
     'ablations': ablations,
     'alignment': alignment,
     'reliability': reliability,
     'inference': tables_speed.inference,
     'inference_resnet18': lambda: tables_speed.inference('inference_resnet18'),
     'step_cost': tables_speed.step_cost,
-    'step_cost_huge_pages': lambda: tables_speed.step_cost(
-      'step_cost_huge_pages'
-    ),
+    'huge_pages': tables_speed.huge_pages,
     'step_profile': tables_speed.step_profile,
     'vectorised_search': tables_speed.vectorised_search,
     'devices': tables_speed.devices,

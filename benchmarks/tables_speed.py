@@ -49,9 +49,9 @@ def layer_profile() -> str:
 STEPS = ('float', 'search', 'gates alone', 'bits alone', 'finetune')
 
 
-def step_cost(name: str = 'step_cost') -> str:
+def step_cost() -> str:
   """What a step of each phase takes of the float step."""
-  found = result_files.read(name)
+  found = result_files.read('step_cost')
   rows = []
   for k in range(0, len(found['runs']), len(STEPS)):
     run = found['runs'][k : k + len(STEPS)]
@@ -77,6 +77,28 @@ def step_cost(name: str = 'step_cost') -> str:
   return compare.markdown(head, rows) + result_files.made(found)
 
 
+def huge_pages() -> str:
+  """Milliseconds of steps with memory in small pages and in huge ones."""
+  found = result_files.read('huge_pages')
+  phases = ('float', 'search', 'finetune')
+  rows = []
+  for model, batch in dict.fromkeys(
+    (r['model'], r['batch']) for r in found['runs']
+  ):
+    cells = [model, str(batch)]
+    for phase in phases:
+      both: tuple[list[float], list[float]] = ([], [])
+      for run in found['runs']:
+        if (run['model'], run['batch'], run['phase']) == (model, batch, phase):
+          told = 'hugetlb=1' in run['environment']['command']
+          both[told].append(1e3 * run['step_seconds'])
+      small, huge = (sum(times) / len(times) for times in both)
+      cells.append(f'{small:.0f} / {huge:.0f} ms ({huge / small - 1:+.0%})')
+    rows.append(cells)
+  head = ' | '.join(['model | batch', *phases])
+  return compare.markdown(head, rows) + result_files.made(found)
+
+
 def step_profile() -> str:
   """Milliseconds of each part of a step, of the float step and the search."""
   found = result_files.read('step_profile')
@@ -87,10 +109,11 @@ def step_profile() -> str:
       str(run['batch']),
       run['phase'],
       *(f'{run["milliseconds"].get(part, 0):.1f}' for part in parts),
+      f'{run["step_milliseconds"]:.1f}',
     ]
     for run in found['runs']
   ]
-  head = ' | '.join(['model | batch | step', *parts])
+  head = ' | '.join(['model | batch | step', *parts, 'the whole step'])
   return compare.markdown(head, rows) + result_files.made(found)
 
 

@@ -67,8 +67,8 @@ def default() -> ml_collections.ConfigDict:
       'uniform_bits': (4, 4),  # weights, activations; for method 'uniform'
       'two_stage_macs': 0.3,  # MACs left after the first of two stages
       'float': {  # training of the model before it is compressed
-        'epochs': 0.0,
-        'smoothing': 0.0,
+        'epochs': 0.0,  # passes over the training images; parts, too
+        'smoothing': 0.0,  # of labels, towards all classes alike
         'optimizer': _optimizer(),
       },
       'search': {  # for channels and bits
@@ -79,7 +79,7 @@ def default() -> ml_collections.ConfigDict:
         'ramp': 0.7,  # of the search: time to reach the budget or strength
         'smoothing': 0.0,
         'distill': 0.0,  # weight of the float model as a teacher
-        'temperature': 1.0,
+        'temperature': 1.0,  # of that teacher's logits and the model's
         'optimizer': _optimizer(),
       },
       'finetune': {  # of the cut model, its bits fixed
@@ -103,16 +103,16 @@ def default() -> ml_collections.ConfigDict:
 
 def _optimizer() -> dict[str, Any]:
   return {
-    'name': 'adam',
-    'learning_rate': 1e-3,
-    'weight_decay': 1e-4,
-    'momentum': 0.9,
-    'warmup': 0.05,
-    'anneal': True,
-    'quantizer_rate': 1e-2,
-    'gate_rate': 3e-2,
-    'clip_norm': 5.0,
-    'decay_gates': True,
+    'name': 'adam',  # or 'sgd'
+    'learning_rate': 1e-3,  # of weights, at its peak
+    'weight_decay': 1e-4,  # of kernels
+    'momentum': 0.9,  # of sgd
+    'warmup': 0.05,  # of the phase: time in which the rate rises
+    'anneal': True,  # the rate of the weights falls to zero after that
+    'quantizer_rate': 1e-2,  # of log clips, steps and exponents
+    'gate_rate': 3e-2,  # of the gates' log variances
+    'clip_norm': 5.0,  # largest global norm of the weights' gradients
+    'decay_gates': True,  # rates of gates and quantizers fall as the weights'
   }
 
 

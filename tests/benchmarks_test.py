@@ -121,8 +121,10 @@ def test_differences_are_those_of_pairs():
     for variant, more in (('first', 0.5), ('second', 0.6 + 0.01 * fold))
   ]
   rows = crossvalidate.table(runs).splitlines()
-  assert rows[2] == '| first | 6 | 150 | 96.00% | 0.6000 |  |'
-  assert rows[3] == '| second | 6 | 150 | 96.00% | 0.7100 | +0.1100 ± 0.0058 |'
+  assert rows[2] == '| first | 6 | 6 | 150 | 96.00% | 0.6000 |  |'
+  assert rows[3] == (
+    '| second | 6 | 6 | 150 | 96.00% | 0.7100 | +0.1100 ± 0.0058 |'
+  )
 
 
 @pytest.mark.parametrize('kept', ['step', 'clip'])

