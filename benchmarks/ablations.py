@@ -108,25 +108,6 @@ def _model_of_average(state):
   return _MODEL_OF(state)
 
 
-def _grid_of(self, x):
-  """Step, clip and exponent with a negative level more: -2, -1, 0, 1.
-
-  Two's complement has it, symmetric grids leave it unused; LSQ has it, too.
-  """
-  step, clip, exponent = self.grid()
-  if self.signed:
-    clip = jnp.where(x < 0, clip + step, clip)
-  return step, clip, exponent
-
-
-def _with_all_levels(self, x):
-  return quantize.quantize(x, *_grid_of(self, x), signed=self.signed)
-
-
-def _integers_of_all_levels(self, x):
-  return quantize.quantize_to_int(x, *_grid_of(self, x), signed=self.signed)
-
-
 _STEPS = {'finetune': 1}
 _TOTAL_LOSS = step_lib.total_loss
 _FINETUNE_STATE = phases.finetune_state
@@ -137,10 +118,6 @@ _MODEL_OF = train.model_of
 PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
   'BOPs move steps alone': [(layers.Quantizer, 'bits', _steps_alone)],
   'BOPs move clips alone': [(layers.Quantizer, 'bits', _clips_alone)],
-  'all levels': [
-    (layers.Quantizer, '__call__', _with_all_levels),
-    (layers.Quantizer, 'integers', _integers_of_all_levels),
-  ],
   'gates without noise': [(layers, 'sample', _means)],
   'damped weights': [
     (step_lib, 'total_loss', _damped_loss),

@@ -60,6 +60,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 RULES = {
   'per channel': {'per_channel': True},
   'exponents': {'exponent': True},
+  'narrow range': {'narrow_range': True},
   'bits only': {'prune': False},
   'channels only': {'weight_bits': (8, 8), 'act_bits': (8, 8)},
   'align 4': {'align': 4},

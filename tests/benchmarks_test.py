@@ -190,17 +190,3 @@ def test_weights_can_be_averaged(ablations):
   np.testing.assert_allclose(found, average, rtol=1e-5, atol=1e-6)
   last = state.params['weights']['head']['kernel']
   np.testing.assert_array_equal(last, kernels[-1])
-
-
-@pytest.mark.parametrize('fixed', [False, True])
-def test_signed_grids_can_have_all_levels(ablations, fixed):
-  x = jnp.array([-3.0, -1.6, -1.4, 0.4, 0.6, 2.0])
-  signed = layers.Quantizer(1.0, 2, signed=True, bounds=(2, 8), fixed=fixed)
-  other = layers.Quantizer(1.0, 2, signed=False, bounds=(2, 8), fixed=fixed)
-  before = other(x)
-  with ablations.patched('all levels'):
-    levels = signed.integers(x)
-    np.testing.assert_array_equal(levels, [-2, -2, -1, 0, 1, 1])
-    np.testing.assert_allclose(signed(x), levels.astype(jnp.float32))
-    np.testing.assert_allclose(other(x), before, rtol=1e-6)
-  assert signed.integers(x).min() == -1

@@ -292,6 +292,57 @@ def test_equal_bounds_learn_the_clip_as_fixed_bits_do(clip):
   np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
+@pytest.mark.parametrize('fixed', [False, True])
+@pytest.mark.parametrize('bits', [2, 3])
+def test_a_grid_that_is_not_narrow_has_all_levels(bits, fixed):
+  """One more below zero, as two's complement has."""
+  q = _quantizer(1.5, bits, fixed=fixed, narrow_range=False)
+  levels = np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
+  x = jnp.linspace(-9, 9, 1000)
+  np.testing.assert_array_equal(np.unique(q.integers(x)), levels)
+  step = float(q.grid()[0])
+  np.testing.assert_allclose(q(x), step * np.asarray(q.integers(x)), rtol=1e-6)
+  # What it costs is as before.
+  assert float(q.bits()) == pytest.approx(bits)
+
+
+@pytest.mark.parametrize('fixed', [False, True])
+def test_all_levels_learn_as_the_stop_gradient_oracle(fixed):
+  x, weights = 2 * _normal(300), _normal(300, seed=1)
+  q = _quantizer(0.9, 3, fixed=fixed, narrow_range=False)
+
+  def oracle(log_clip, log_step=None):
+    clip = jnp.exp(log_clip)
+    step = clip / 3 if log_step is None else jnp.exp(log_step)
+    u = jnp.clip(x, -clip - step, clip) / step
+    rounded = u + jax.lax.stop_gradient(jnp.round(u) - u)
+    return jnp.sum(weights * step * rounded)
+
+  got = _grad(lambda q: jnp.sum(weights * q(x)), q)
+  _, pure = _split(q)
+  want = jax.jit(jax.grad(lambda pure: oracle(**pure)))(pure)
+  names = {'log_clip'} if fixed else {'log_clip', 'log_step'}
+  assert set(got) == set(want) == names
+  for name, value in want.items():
+    np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  'settings',
+  [
+    dict(signed=False),
+    dict(learn_exponent=True),
+    dict(fixed=True, bits=8),
+  ],
+)
+def test_some_grids_are_always_narrow(settings):
+  q = _quantizer(1.5, **({'bits': 4} | settings), narrow_range=False)
+  levels = np.asarray(q.integers(jnp.linspace(-9, 9, 1000)))
+  lowest = -levels.max() if q.signed else 0
+  assert levels.min() == lowest
+  assert q.narrow_range
+
+
 # -- Gate ---------------------------------------------------------------------
 
 

@@ -283,12 +283,13 @@ def test_charts_say_what_they_show():
 def test_a_level_has_its_bar():
   """0.7 of the weights are zero, the others are on one level."""
   counted = report_lib.count_weights(np.array([0] * 7 + [-3] * 3), 3, 0.5)
-  assert counted.counts == (3, 0, 0, 7, 0, 0, 0)
+  assert counted.counts == (0, 3, 0, 0, 7, 0, 0, 0)
   drawn = weight_chart.draw(counted, 'conv', 'key')
   tips = [tip.text for tip in drawn.tips]
-  assert tips[0] == 'level −3 = −1.5\n3 weights, 30.00 %'
-  assert tips[3] == 'level 0 = 0\n7 weights, 70.00 %'
-  assert len(tips) == 7
+  assert tips[0] == 'level −4 = −2\n0 weights, 0.00 %'
+  assert tips[1] == 'level −3 = −1.5\n3 weights, 30.00 %'
+  assert tips[4] == 'level 0 = 0\n7 weights, 70.00 %'
+  assert len(tips) == 8
   not_zero, zero = drawn.bars
   heights = [
     chart.BOTTOM - float(re.search(r'V([\d.]+)H', bar.path)[1])
@@ -296,13 +297,13 @@ def test_a_level_has_its_bar():
   ]
   assert heights[0] / heights[1] == pytest.approx(3 / 7, abs=0.01)
   facts = dict(weight_chart.facts(counted))
-  assert facts['levels'] == '2 of 7 in use'
+  assert facts['levels'] == '2 of 8 in use'
   assert facts['zeros'] == '7 (70.0 %)'
 
 
 def test_many_levels_share_bars_and_lose_no_weight():
   rng = np.random.default_rng(0)
-  levels = rng.integers(-32767, 32768, 1000)
+  levels = rng.integers(-32768, 32768, 1000)
   counted = report_lib.count_weights(levels, 16, 0.1)
   tips = weight_chart.draw(counted, 'conv', 'key').tips
   assert len(tips) <= weight_chart.MOST_BARS + 2
@@ -312,12 +313,14 @@ def test_many_levels_share_bars_and_lose_no_weight():
 
 
 def test_counts_that_cannot_be():
-  with pytest.raises(ValueError, match='2 bits go to 1, a weight is beyond'):
+  with pytest.raises(
+    ValueError, match='2 bits go from -2 to 1, a weight is beyond'
+  ):
     report_lib.count_weights([2], 2, 1.0)
-  with pytest.raises(ValueError, match='3 bits have 7 levels'):
+  with pytest.raises(ValueError, match='3 bits have 8 levels'):
     report_lib.Weights(bits=3, counts=[1, 2], steps=[1.0])
   with pytest.raises(ValueError, match='need its step'):
-    report_lib.Weights(bits=2, counts=[1, 2, 3], steps=[])
+    report_lib.Weights(bits=2, counts=[0, 1, 2, 3], steps=[])
 
 
 def test_a_long_history_is_thinned_but_keeps_its_ends():

@@ -67,6 +67,7 @@ def assemble(
       signed=True,
       bounds=settings.weight_bits,
       learn_exponent=settings.exponent,
+      narrow_range=settings.narrow_range,
     )
 
   def act(path):
@@ -170,7 +171,9 @@ def at_bits(
   clip = np.asarray(found if clip is None else clip)
   if quantizer.log_exponent is None:  # else the grid is no copy of the tensor
     levels = 2.0 ** (bits - quantizer.signed) - 1
-    clip = clips.of_least_error(clip, levels, tensors)
+    clip = clips.of_least_error(
+      clip, levels, tensors, narrow_range=quantizer.narrow_range
+    )
   return layers.Quantizer(
     clip,
     bits,
@@ -180,6 +183,7 @@ def at_bits(
     fixed=fixed,
     exponent=exponent,
     choices=() if fixed else quantizer.choices,
+    narrow_range=quantizer.narrow_range,
   )
 
 

@@ -19,7 +19,11 @@ def of_kernel(kernel, out_axis: int | None = None):
 
 
 def of_least_error(
-  clip: np.ndarray, levels: float, tensors: Sequence[Any]
+  clip: np.ndarray,
+  levels: float,
+  tensors: Sequence[Any],
+  *,
+  narrow_range: bool = True,
 ) -> np.ndarray:
   """The multiple of a clip with the least squared error, for each grid.
 
@@ -27,6 +31,7 @@ def of_least_error(
     clip: largest magnitudes, a scalar or one for each output channel.
     levels: whole steps from zero to the clip.
     tensors: what is quantized, of any shapes.
+    narrow_range: if not, there is one step more below zero.
 
   Returns:
     Clips, of the shape of `clip`.
@@ -42,7 +47,8 @@ def of_least_error(
   for scale in np.geomspace(0.2, 1.5, 32):
     edge = clip.ravel() * np.float32(scale)
     step = edge / np.float32(levels)
-    rounded = step * np.round(np.clip(x, -edge, edge) / step)
+    below = edge if narrow_range else edge + step
+    rounded = step * np.round(np.clip(x, -below, edge) / step)
     error = np.square(rounded - x).sum(axis=0)
     best = np.where(error < least, edge, best)
     least = np.minimum(error, least)

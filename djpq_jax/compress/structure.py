@@ -32,6 +32,8 @@ class Rule:
     exponent: whether the kernel's quantizer learns an exponent.  Default: no.
     per_channel: one weight grid per output channel instead of one per kernel,
       from the freeze on; while bits are searched a kernel has one.
+    narrow_range: whether the kernel's grid has as many levels below zero as
+      above it.  Default: no, it has one more below, see `layers.Quantizer`.
   """
 
   pattern: str
@@ -43,6 +45,7 @@ class Rule:
   min_channels: int | None = None
   exponent: bool | None = None
   per_channel: bool | None = None
+  narrow_range: bool | None = None
 
   def __post_init__(self):
     for name, low in (('weight_bits', 2), ('act_bits', 1)):
@@ -75,6 +78,7 @@ class LayerSettings:
   min_channels: int | None = None
   exponent: bool = False
   per_channel: bool = False
+  narrow_range: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

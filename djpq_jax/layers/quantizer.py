@@ -11,6 +11,9 @@ import numpy as np
 from djpq_jax.ops import quantize
 
 EXPONENT_RANGE = (0.5, 2.0)
+# From as many bits on a level more is nothing, and kernels of int8 want
+# magnitudes below 128.
+NARROW_FROM = 8
 
 
 class QuantParam(nnx.Param):
@@ -77,6 +80,10 @@ class Quantizer(nnx.Module):
     choices: bits that the grid may have, or () for any.  The learned bits go
       to the nearest of them (in octaves), with a straight-through gradient
       [DJPQ-restrict].
+    narrow_range: whether a signed grid has as many levels below zero as above
+      it, as the formula of `ops.quantize` says.  If not, it has one more below,
+      which two's complement holds: of two bits -2, -1, 0, 1 [LSQ].  A grid
+      with an exponent, or with eight bits or more that are fixed, is narrow.
   """
 
   def __init__(
@@ -90,12 +97,15 @@ class Quantizer(nnx.Module):
     fixed: bool = False,
     exponent: float = 1.0,
     choices: Sequence[float] = (),
+    narrow_range: bool = True,
   ):
     clip = jnp.asarray(clip, jnp.float32)
     self.signed = signed
     self.bounds = (float(bounds[0]), float(bounds[1]))
     self.fixed_bits = float(bits) if fixed else None
     self.choices = tuple(sorted(map(float, choices)))
+    wide = fixed and bits >= NARROW_FROM
+    self.narrow_range = narrow_range or not signed or learn_exponent or wide
     self.log_clip = QuantParam(jnp.log(clip))
     self.log_exponent = nnx.data(None)
     self.log_step = nnx.data(None)
@@ -157,13 +167,20 @@ class Quantizer(nnx.Module):
 
   def __call__(self, x):
     """Quantizes `x`, of any shape; the result has its shape and dtype."""
-    if self.fixed_bits is not None and self.log_exponent is None:
+    lsq = self.fixed_bits is not None and self.log_exponent is None
+    if lsq and self.narrow_range:
       clip = jnp.exp(self.log_clip[...])
       return quantize.quantize_lsq(x, clip, self.fixed_bits, signed=self.signed)
-    step, clip, exponent = self.grid()
-    return quantize.quantize(x, step, clip, exponent, signed=self.signed)
+    return quantize.quantize(x, *self._grid_for(x), signed=self.signed)
 
   def integers(self, x):
     """The whole numbers n, int32, for which `self(x)` is step * n."""
+    grid = self._grid_for(x)
+    return quantize.quantize_to_int(x, *grid, signed=self.signed)
+
+  def _grid_for(self, x):
+    """(step, clip, exponent); negative x may go one step further."""
     step, clip, exponent = self.grid()
-    return quantize.quantize_to_int(x, step, clip, exponent, signed=self.signed)
+    if not self.narrow_range:
+      clip = jnp.where(x < 0, clip + step, clip)
+    return step, clip, exponent

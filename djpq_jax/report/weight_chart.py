@@ -17,10 +17,9 @@ class Weights:
   """The integers of one layer's kernel, counted by level.
 
   Args:
-    bits: of the grid, at least 2; its levels go from -(2**(bits-1)-1) to
-      2**(bits-1)-1.
-    counts: how many weights each level has, lowest level first,
-      [2**bits - 1].
+    bits: of the grid, at least 2; its levels go from -2**(bits-1) to
+      2**(bits-1)-1, the lowest of which not all grids have.
+    counts: how many weights each level has, lowest level first, [2**bits].
     steps: distance of two levels, > 0: one number for the layer, or one for
       each output channel.
 
@@ -33,9 +32,9 @@ class Weights:
   steps: Sequence[float]
 
   def __post_init__(self):
-    if len(self.counts) != 2**self.bits - 1:
+    if len(self.counts) != 2**self.bits:
       raise ValueError(
-        f'{self.bits} bits have {2**self.bits - 1} levels, but there are '
+        f'{self.bits} bits have {2**self.bits} levels, but there are '
         f'{len(self.counts)} counts'
       )
     if not self.steps:
@@ -44,7 +43,12 @@ class Weights:
   @property
   def top(self) -> int:
     """The highest level."""
-    return len(self.counts) // 2
+    return len(self.counts) // 2 - 1
+
+  @property
+  def zeros(self) -> int:
+    """How many weights are zero."""
+    return self.counts[self.top + 1]
 
   @property
   def total(self) -> int:
@@ -64,13 +68,15 @@ def count(integers: Any, bits: int, steps: Any) -> Weights:
     The counts of all levels, those without a weight too.
 
   >>> count([[1, -1], [0, 1]], 2, 0.5).counts
-  (1, 1, 2)
+  (0, 1, 1, 2)
   """
   levels = np.asarray(integers, np.int64).ravel()
-  top = 2 ** (bits - 1) - 1
-  if levels.size and np.abs(levels).max() > top:
-    raise ValueError(f'{bits} bits go to {top}, a weight is beyond')
-  counts = np.bincount(levels + top, minlength=2 * top + 1)
+  half = 2 ** (bits - 1)
+  if levels.size and not -half <= levels.min() <= levels.max() < half:
+    raise ValueError(
+      f'{bits} bits go from {-half} to {half - 1}, a weight is beyond'
+    )
+  counts = np.bincount(levels + half, minlength=2 * half)
   return Weights(
     bits=bits,
     counts=tuple(counts.tolist()),
@@ -82,7 +88,7 @@ def facts(weights: Weights) -> list[tuple[str, str]]:
   """What there is to know of a layer's weights, as names and values."""
   total = weights.total or 1
   used = sum(1 for n in weights.counts if n)
-  zeros = weights.counts[weights.top]
+  zeros = weights.zeros
   return [
     ('bits', f'{weights.bits}'),
     ('levels', f'{used:,} of {len(weights.counts):,} in use'),
@@ -105,7 +111,7 @@ def draw(weights: Weights, name: str, key: str) -> chart.Chart:
   """
   top, total = weights.top, weights.total or 1
   bars = _bars(weights)
-  across = chart.horizontal(-top - 0.6, top + 0.6)
+  across = chart.horizontal(-top - 1.6, top + 0.6)
   largest = max(100 * n / total for _, _, n in bars)
   up = chart.vertical(0, 1.06 * largest or 1)
   parts: dict[str, list[str]] = {'blue': [], 'orange': []}
@@ -162,12 +168,18 @@ def draw(weights: Weights, name: str, key: str) -> chart.Chart:
 def _bars(weights: Weights) -> list[tuple[int, int, int]]:
   """Lowest and highest level of each bar, and its count; zero is alone."""
   width = -(-len(weights.counts) // MOST_BARS)
-  top, bars = weights.top, []
-  half = range(1, top + 1, width)
-  for low in half:
-    bars.append((low, min(low + width - 1, top)))
-  both = [(-b, -a) for a, b in reversed(bars)] + [(0, 0)] + bars
-  return [(a, b, sum(weights.counts[a + top : b + top + 1])) for a, b in both]
+  top = weights.top
+
+  def half(last: int) -> list[tuple[int, int]]:
+    starts = range(1, last + 1, width)
+    return [(low, min(low + width - 1, last)) for low in starts]
+
+  below = [(-b, -a) for a, b in reversed(half(top + 1))]
+  both = [*below, (0, 0), *half(top)]
+  first = top + 1  # the place of level zero
+  return [
+    (a, b, sum(weights.counts[a + first : b + first + 1])) for a, b in both
+  ]
 
 
 def _levels(low: int, high: int, steps: Sequence[float]) -> str:
@@ -180,9 +192,9 @@ def _levels(low: int, high: int, steps: Sequence[float]) -> str:
 
 
 def _ticks(top: int) -> list[int]:
-  """Round levels, symmetric about zero."""
+  """Round levels, symmetric about zero but for few of them."""
   if top <= 3:
-    return list(range(-top, top + 1))
+    return list(range(-top - 1, top + 1))
   step = round(chart.linear_ticks(0, top, 3 if top < 100 else 2)[1])
   half = list(range(step, top + 1, step))
   return [-t for t in reversed(half)] + [0] + half
