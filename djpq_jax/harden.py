@@ -90,6 +90,16 @@ def bits_of(largest: int, *, signed: bool) -> int:
   return max(1, math.ceil(math.log2(largest + 1))) + int(signed)
 
 
+def kernel_bits(integers) -> int:
+  """Whole bits of two's complement that a kernel's integers take; at least 2.
+
+  >>> kernel_bits([-2, 1]), kernel_bits([-1, 2])
+  (2, 3)
+  """
+  integers = np.asarray(integers, np.int64)
+  return bits_of(int(max(integers.max(), -1 - integers.min())), signed=True)
+
+
 def harden(model: compress.Compressed) -> HardenedModel:
   """Rounds a frozen model for good.
 
@@ -210,8 +220,7 @@ def count(model: HardenedModel, *args) -> list[LayerReport]:
     layer, operands = found[name]
     weight_bits = act_bits = compress.FLOAT_BITS
     if isinstance(operands.weight, Dequantizer):
-      top = int(np.max(np.abs(np.asarray(layer.kernel[...], np.int64))))
-      weight_bits = bits_of(top, signed=True)
+      weight_bits = kernel_bits(layer.kernel[...])
       act_bits = operands.act.bits()
     rows.append(
       LayerReport(

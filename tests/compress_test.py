@@ -658,14 +658,30 @@ def test_what_freeze_leaves():
   np.testing.assert_array_equal(quiet, keyed)
   kernel = frozen.model.conv1.kernel[...]
   levels = np.unique(found['conv1'].weight.integers(kernel))
-  np.testing.assert_array_equal(levels, [-1, 0, 1])
+  np.testing.assert_array_equal(levels, [-2, -1, 0, 1])
   assert len(np.unique(found['conv2'].act(taps['conv2'][0]))) == 2
+
+
+@standard_promotion
+def test_a_rule_keeps_grids_narrow():
+  chain = built('chain')
+  net = chain.compress(compress.Rule(pattern='conv1', narrow_range=True))
+  frozen = compress.freeze(net, plan_for(net, {}, 2), chain.x)
+  modules = compress.layer_modules(frozen.model)
+  lowest = {
+    path: int(operands.weight.integers(modules[path].kernel[...]).min())
+    for path, operands in operands_of(frozen).items()
+  }
+  assert lowest.pop('conv1') == -1
+  assert set(lowest.values()) == {-2}
 
 
 def squared_error(quantizer, clip, x):
   top = 2.0 ** (quantizer.fixed_bits - quantizer.signed) - 1
   step = clip / top
-  low = -top if quantizer.signed else 0
+  low = 0
+  if quantizer.signed:
+    low = -top if quantizer.narrow_range else -top - 1
   return np.square(step * np.clip(np.round(x / step), low, top) - x).sum()
 
 

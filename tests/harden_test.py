@@ -66,7 +66,8 @@ def test_kernels_are_integers_that_fit_their_bits(built):
     assert isinstance(layer.kernel, layers.IntegerParam)
     kernel = np.asarray(layer.kernel[...])
     assert kernel.dtype == np.int8
-    assert np.abs(kernel).max() <= 2 ** (built.plan.weight_bits[path] - 1) - 1
+    half = 2 ** (built.plan.weight_bits[path] - 1)
+    assert -half <= kernel.min() <= kernel.max() < half
     assert operands.act.bits() <= built.plan.act_bits[path]
   # Nothing that an optimizer would train is left of grids and gates.
   left = nnx.state(built.hardened)
@@ -276,3 +277,12 @@ def test_reports_are_plain_numbers():
   for row in harden.count(build('residual').hardened, X):
     for field, value in dataclasses.asdict(row).items():
       assert type(value) in (int, str), field
+
+
+@pytest.mark.parametrize(
+  ('lowest', 'largest', 'bits'),
+  [(-1, 0, 2), (-1, 1, 2), (-2, 1, 2), (-2, 2, 3), (-3, 1, 3), (-4, 0, 3)]
+  + [(-128, 127, 8), (-129, 0, 9), (0, 128, 9), (0, 0, 2)],
+)
+def test_bits_of_kernels_are_those_of_twos_complement(lowest, largest, bits):
+  assert harden.kernel_bits(np.array([[lowest], [largest]], np.int16)) == bits
