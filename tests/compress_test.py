@@ -663,6 +663,30 @@ def test_what_freeze_leaves():
 
 
 @standard_promotion
+def test_bits_that_were_fixed_at_eight_leave_no_trace():
+  chain = built('chain')
+  net = chain.compress()
+  net = compress.freeze(net, plan_for(net, {}, 8), chain.x)
+  assert operands_of(net)['conv1'].weight.symmetric
+  net = compress.freeze(net, plan_for(net, {}, 2), chain.x)
+  levels = operands_of(net)['conv1'].weight.integers(jnp.array([-9.0, 9.0]))
+  np.testing.assert_array_equal(levels, [-2, 1])
+
+
+@standard_promotion
+def test_the_clip_counts_the_level_below():
+  """With a tail below zero it may be nearer to zero."""
+  x = np.random.default_rng(0).normal(size=3000)
+  x = np.where(x < 0, 2 * x, x).astype(np.float32)
+  start = np.float32(np.abs(x).max())
+  both = [
+    float(compress.clips.of_least_error(start, 1.0, [x], symmetric=symmetric))
+    for symmetric in (True, False)
+  ]
+  assert both[1] < 0.8 * both[0]
+
+
+@standard_promotion
 def test_a_rule_keeps_grids_narrow():
   chain = built('chain')
   net = chain.compress(compress.Rule(pattern='conv1', narrow_range=True))
@@ -681,7 +705,7 @@ def squared_error(quantizer, clip, x):
   step = clip / top
   low = 0
   if quantizer.signed:
-    low = -top if quantizer.narrow_range else -top - 1
+    low = -top if quantizer.symmetric else -top - 1
   return np.square(step * np.clip(np.round(x / step), low, top) - x).sum()
 
 
@@ -726,6 +750,7 @@ def test_all_grids_get_the_same_bits_and_clips_for_them():
   assert after.log_clip[...] < before.log_clip[...]
   assert after.bounds == before.bounds
   assert after.choices == before.choices
+  assert after.narrow_range is before.narrow_range is False
 
 
 @standard_promotion

@@ -56,8 +56,9 @@ def hardened(layer, weight_bits, act_bits, *, signed, step=None, calls=1):
   rng = np.random.default_rng(weight_bits + 100 * act_bits)
   top = 2 ** (weight_bits - 1) - 1
   dtype = np.int8 if weight_bits <= 8 else np.int16
-  kernel = rng.integers(-top, top + 1, layer.kernel.shape).astype(dtype)
-  kernel.flat[0] = top
+  lowest = -top - (weight_bits < 8)
+  kernel = rng.integers(lowest, top + 1, layer.kernel.shape).astype(dtype)
+  kernel.flat[:2] = top, lowest
   step = np.float32(0.01) if step is None else step
   levels = 2 ** (act_bits - signed) - 1
   act = harden.FixedQuantizer(

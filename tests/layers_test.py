@@ -293,7 +293,7 @@ def test_equal_bounds_learn_the_clip_as_fixed_bits_do(clip):
 
 
 @pytest.mark.parametrize('fixed', [False, True])
-@pytest.mark.parametrize('bits', [2, 3])
+@pytest.mark.parametrize('bits', [2, 3, 7])
 def test_a_grid_that_is_not_narrow_has_all_levels(bits, fixed):
   """One more below zero, as two's complement has."""
   q = _quantizer(1.5, bits, fixed=fixed, narrow_range=False)
@@ -340,7 +340,7 @@ def test_some_grids_are_always_narrow(settings):
   levels = np.asarray(q.integers(jnp.linspace(-9, 9, 1000)))
   lowest = -levels.max() if q.signed else 0
   assert levels.min() == lowest
-  assert q.narrow_range
+  assert q.symmetric
 
 
 # -- Gate ---------------------------------------------------------------------

@@ -301,6 +301,20 @@ def test_a_level_has_its_bar():
   assert facts['zeros'] == '7 (70.0 %)'
 
 
+@pytest.mark.parametrize('step', [0.5, 0.0312744])
+def test_the_ends_and_zero_are_noted(step):
+  """Also where there is no place for all values."""
+  for bits in (2, 3, 4, 8):
+    counted = report_lib.count_weights([0], bits, step)
+    drawn = weight_chart.draw(counted, 'conv', 'key')
+    ticks = [x for x, _ in drawn.x_ticks]
+    notes = [x for x, _ in drawn.x_notes]
+    assert {ticks[0], ticks[-1]} <= set(notes)
+    assert '0' in [value for _, value in drawn.x_notes]
+    edge = float(re.search(r'^M(-?[\d.]+)', drawn.bars[1].path)[1])
+    assert ticks[0] < edge < ticks[-1]
+
+
 def test_many_levels_share_bars_and_lose_no_weight():
   rng = np.random.default_rng(0)
   levels = rng.integers(-32768, 32768, 1000)

@@ -25,6 +25,7 @@ from djpq_jax import optim
 from djpq_jax import report as report_lib
 from djpq_jax import train
 from djpq_jax import workdir as workdir_lib
+from djpq_jax.experiment import setting
 from djpq_jax.train import checkpoints as checkpoints_lib
 
 pytestmark = [
@@ -110,6 +111,20 @@ def test_a_workdir_that_began_its_search_at_eight_bits(config, tmp_path):
     workdir_lib.Workdir(tmp_path, config).check()
   said = config_lib.change(config, search={'bits': 8.0})
   workdir_lib.Workdir(tmp_path, said).check()
+
+
+def test_a_workdir_whose_grids_were_symmetric(config, tmp_path):
+  """Before there was a field for it, all were; now it has to be said."""
+  workdir_lib.Workdir(tmp_path, config).claim()
+  before = json.loads((tmp_path / 'config.json').read_text())
+  del before['narrow_range']
+  (tmp_path / 'config.json').write_text(json.dumps(before))
+  with pytest.raises(ValueError, match='it differs in narrow_range'):
+    workdir_lib.Workdir(tmp_path, config).check()
+  said = config_lib.change(config, narrow_range=True)
+  workdir_lib.Workdir(tmp_path, said).check()
+  assert setting.rules_of(said)[0].narrow_range
+  assert not any(rule.narrow_range for rule in setting.rules_of(config))
 
 
 def test_saves_between_looks_say_nothing(tmp_path, capfd):

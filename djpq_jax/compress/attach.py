@@ -171,8 +171,9 @@ def at_bits(
   clip = np.asarray(found if clip is None else clip)
   if quantizer.log_exponent is None:  # else the grid is no copy of the tensor
     levels = 2.0 ** (bits - quantizer.signed) - 1
+    wide = fixed and bits >= layers.NARROW_FROM
     clip = clips.of_least_error(
-      clip, levels, tensors, narrow_range=quantizer.narrow_range
+      clip, levels, tensors, symmetric=quantizer.symmetric or wide
     )
   return layers.Quantizer(
     clip,

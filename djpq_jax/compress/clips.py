@@ -23,7 +23,7 @@ def of_least_error(
   levels: float,
   tensors: Sequence[Any],
   *,
-  narrow_range: bool = True,
+  symmetric: bool = True,
 ) -> np.ndarray:
   """The multiple of a clip with the least squared error, for each grid.
 
@@ -31,7 +31,7 @@ def of_least_error(
     clip: largest magnitudes, a scalar or one for each output channel.
     levels: whole steps from zero to the clip.
     tensors: what is quantized, of any shapes.
-    narrow_range: if not, there is one step more below zero.
+    symmetric: if not, there is one step more below zero.
 
   Returns:
     Clips, of the shape of `clip`.
@@ -47,7 +47,7 @@ def of_least_error(
   for scale in np.geomspace(0.2, 1.5, 32):
     edge = clip.ravel() * np.float32(scale)
     step = edge / np.float32(levels)
-    below = edge if narrow_range else edge + step
+    below = edge if symmetric else edge + step
     rounded = step * np.round(np.clip(x, -below, edge) / step)
     error = np.square(rounded - x).sum(axis=0)
     best = np.where(error < least, edge, best)

@@ -33,7 +33,8 @@ class Rule:
     per_channel: one weight grid per output channel instead of one per kernel,
       from the freeze on; while bits are searched a kernel has one.
     narrow_range: whether the kernel's grid has as many levels below zero as
-      above it.  Default: no, it has one more below, see `layers.Quantizer`.
+      above it.  Default: no, it has one more below; grids that have eight bits
+      or more once they are fixed, or an exponent, have not.
   """
 
   pattern: str

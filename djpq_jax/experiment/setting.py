@@ -294,4 +294,6 @@ def rules_of(config) -> list[compress.Rule]:
     if unknown or 'pattern' not in rule:
       what = f'has no field {unknown[0]!r}' if unknown else 'needs a pattern'
       raise ValueError(f'rule {rule} {what}; known: {", ".join(known)}')
+  if config.narrow_range:
+    rules.insert(0, {'pattern': '*', 'narrow_range': True})
   return [compress.Rule(**rule) for rule in rules]

@@ -69,8 +69,9 @@ class Quantizer(nnx.Module):
   which is the learned step size of LSQ (Esser et al. 2020) for that grid.
 
   Args:
-    clip: largest magnitude kept, > 0; scalar, or an array that broadcasts to
-      the tensor for one grid per channel.
+    clip: largest magnitude kept, > 0, below zero up to one step more (see
+      `narrow_range`); scalar, or an array that broadcasts to the tensor for
+      one grid per channel.
     bits: bits to begin with, inside `bounds`.
     signed: whether the tensor has negative values.
     bounds: smallest and largest bits.
@@ -83,7 +84,8 @@ class Quantizer(nnx.Module):
     narrow_range: whether a signed grid has as many levels below zero as above
       it, as the formula of `ops.quantize` says.  If not, it has one more below,
       which two's complement holds: of two bits -2, -1, 0, 1 [LSQ].  A grid
-      with an exponent, or with eight bits or more that are fixed, is narrow.
+      with an exponent, or with eight bits or more that are fixed, is symmetric
+      in any case.
   """
 
   def __init__(
@@ -104,8 +106,7 @@ class Quantizer(nnx.Module):
     self.bounds = (float(bounds[0]), float(bounds[1]))
     self.fixed_bits = float(bits) if fixed else None
     self.choices = tuple(sorted(map(float, choices)))
-    wide = fixed and bits >= NARROW_FROM
-    self.narrow_range = narrow_range or not signed or learn_exponent or wide
+    self.narrow_range = narrow_range
     self.log_clip = QuantParam(jnp.log(clip))
     self.log_exponent = nnx.data(None)
     self.log_step = nnx.data(None)
@@ -146,6 +147,13 @@ class Quantizer(nnx.Module):
       log_step += jax.lax.stop_gradient(allowed - log_step)
     return jnp.exp(log_step), clip, exponent
 
+  @property
+  def symmetric(self) -> bool:
+    """Whether the grid has as many levels below zero as above, or none."""
+    wide = self.fixed_bits is not None and self.fixed_bits >= NARROW_FROM
+    exponent = self.log_exponent is not None
+    return self.narrow_range or not self.signed or exponent or wide
+
   def _nearest_levels(self, bits):
     """Levels of the allowed bits that are nearest in octaves."""
     choices = np.array(self.choices, np.float32)
@@ -168,7 +176,7 @@ class Quantizer(nnx.Module):
   def __call__(self, x):
     """Quantizes `x`, of any shape; the result has its shape and dtype."""
     lsq = self.fixed_bits is not None and self.log_exponent is None
-    if lsq and self.narrow_range:
+    if lsq and self.symmetric:
       clip = jnp.exp(self.log_clip[...])
       return quantize.quantize_lsq(x, clip, self.fixed_bits, signed=self.signed)
     return quantize.quantize(x, *self._grid_for(x), signed=self.signed)
@@ -181,6 +189,6 @@ class Quantizer(nnx.Module):
   def _grid_for(self, x):
     """(step, clip, exponent); negative x may go one step further."""
     step, clip, exponent = self.grid()
-    if not self.narrow_range:
-      clip = jnp.where(x < 0, clip + step, clip)
+    if not self.symmetric:
+      clip = jnp.where(jnp.asarray(x) < 0, clip + step, clip)
     return step, clip, exponent

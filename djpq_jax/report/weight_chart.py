@@ -141,7 +141,7 @@ def draw(weights: Weights, name: str, key: str) -> chart.Chart:
   one = len(weights.steps) == 1
   values = [chart.plain(float(f'{t * weights.steps[0]:.3g}')) for t in ticks]
   crowded = 7.5 * max(map(len, values)) > across(ticks[1]) - across(ticks[0])
-  every = len(ticks) // 2 if crowded else 1  # the ends and zero
+  noted = {ticks[0], 0, ticks[-1]} if crowded else set(ticks)
   return chart.Chart(
     key=key,
     title='Share of the weights on each level, %',
@@ -152,7 +152,7 @@ def draw(weights: Weights, name: str, key: str) -> chart.Chart:
     + (' and value' if one else ', in steps of each output channel'),
     x_ticks=[(across(t), chart.plain(t)) for t in ticks],
     x_notes=[
-      (across(t), value) for t, value in list(zip(ticks, values))[::every]
+      (across(t), value) for t, value in zip(ticks, values) if t in noted
     ]
     if one
     else (),
