@@ -10,28 +10,20 @@ so an interrupted comparison goes on where it stopped.
 """
 
 import argparse
-import json
-import os
 import pathlib
-import platform
-import shlex
-import subprocess
-import sys
 import tempfile
 import time
 from typing import Any
 
-import flax
 import jax
 import numpy as np
+import result_files
 
 from djpq_jax import config as config_lib
 from djpq_jax import experiment
 from djpq_jax import train
 from djpq_jax import workdir
 
-# Of the environment, what figures may depend on.
-VARIABLES = ('GLIBC_TUNABLES', 'XLA_FLAGS')
 CONTROLS = {
   'W8A8': {'method': 'uniform', 'uniform_bits': (8, 8)},
   'W4A4': {'method': 'uniform', 'uniform_bits': (4, 4)},
@@ -170,61 +162,6 @@ def one(config, model, float_accuracy) -> dict:
   return kept | {'seconds': round(time.monotonic() - start, 1)}
 
 
-def commit() -> str:
-  """The state of the code."""
-  git = ['git', 'describe', '--always', '--dirty', '--exclude=*']
-  done = subprocess.run(git, capture_output=True, text=True, check=False)
-  return done.stdout.strip()
-
-
-def environment() -> dict:
-  """What made the figures."""
-  here = [(n, os.environ[n]) for n in VARIABLES if n in os.environ]
-  given = [f'{name}={shlex.quote(value)}' for name, value in here]
-  return {
-    'command': ' '.join([*given, 'python', shlex.join(sys.argv)]),
-    'machine': f'{platform.machine()}, {os.cpu_count()} cores',
-    'device': jax.devices()[0].device_kind,
-    'versions': {
-      'python': platform.python_version(),
-      'jax': jax.__version__,
-      'flax': flax.__version__,
-      'numpy': np.__version__,
-    },
-  }
-
-
-def runs_of(path: pathlib.Path) -> list[dict]:
-  """The runs that a result file holds."""
-  return json.loads(path.read_text())['runs'] if path.exists() else []
-
-
-def add(path: pathlib.Path, runs: list[dict], versions=(), **about) -> None:
-  """Adds runs to a result file, and this command to those that made it.
-
-  Args:
-    path: a file; it is made if there is none.
-    runs: what to add.
-    versions: of libraries that this process does not have.
-    **about: what a new file says besides.
-  """
-  made = environment()
-  command = made.pop('command')
-  result: dict[str, Any] = {'environment': made, **about, 'runs': []}
-  if path.exists():  # another process may have written to it
-    result = json.loads(path.read_text())
-  made = result['environment']
-  commands = made.setdefault('commands', [])
-  if 'command' in made:
-    commands.append(made.pop('command'))
-  if command not in commands:
-    commands.append(command)
-  made['versions'] |= dict(versions)
-  result['runs'] += runs
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(result, indent=1) + '\n')
-
-
 def grouped(runs: list[dict]) -> dict[str, list[dict]]:
   """Contestant -> its runs, in the order in which they were first met."""
   found: dict[str, list[dict]] = {}
@@ -280,7 +217,7 @@ def main():
   args = parser.parse_args()
   base = config_lib.load(args.config, args.set)
   rows = contestants(base, args.budgets or [base.budget], args.two_stage_macs)
-  done = {(r['contestant'], r['seed']) for r in runs_of(args.out)}
+  done = {(r['contestant'], r['seed']) for r in result_files.runs_of(args.out)}
   wanted = [n for n in rows if not args.only or n in args.only]
   for seed in args.seeds:
     if all((name, seed) in done for name in wanted):
@@ -292,16 +229,16 @@ def main():
       if (name, seed) in done:
         continue
       changed = config_lib.change(config, **rows[name])
-      run = {'contestant': name, 'seed': seed, 'commit': commit()}
+      run = {'contestant': name, 'seed': seed, 'commit': result_files.commit()}
       try:
         run |= one(changed, model, accuracy)
         told = f'{run["accuracy"]:.2%} at {run["relative_bops"]:.4%}'
       except (ValueError, train.TrainingError) as error:
         # As a budget that bits alone cannot reach: one sentence for the user.
         run['error'] = told = f'{type(error).__name__}: {error}'
-      add(args.out, [run], config=args.config)
+      result_files.add(args.out, [run], config=args.config)
       print(f'seed {seed}: {name} {told}', flush=True)
-  print(table(runs_of(args.out)))
+  print(table(result_files.runs_of(args.out)))
 
 
 if __name__ == '__main__':

@@ -25,9 +25,9 @@ import tempfile
 import time
 from typing import Any
 
-import compare
 import numpy as np
 from peers import counting
+import result_files
 
 from djpq_jax import config as config_lib
 from djpq_jax import data
@@ -211,10 +211,12 @@ def main():
   args = parser.parse_args()
   base = config_lib.load(CONFIG)
   macs = experiment.dense_structure(base).graph.float_macs
-  commit = compare.commit()  # before this writes to a file of the repository
+  commit = (
+    result_files.commit()
+  )  # before this writes to a file of the repository
   for seed, peer in itertools.product(args.seeds, args.peers):
     targets = contestants(peer, args.budgets, macs, args.fixed)
-    runs = compare.runs_of(args.out)
+    runs = result_files.runs_of(args.out)
     done = {(r['contestant'], r['seed']) for r in runs}
     left = [name for name in targets if (name, seed) not in done]
     if not left:
@@ -226,7 +228,7 @@ def main():
     new = [{'contestant': n} | of_all | run for n, run in zip(left, found)]
     for run in new:
       print(json.dumps(run), flush=True)
-    compare.add(args.out, new, versions(peer), config=CONFIG)
+    result_files.add(args.out, new, versions(peer), config=CONFIG)
 
 
 if __name__ == '__main__':

@@ -21,6 +21,7 @@ import ablations
 import compare
 import jax
 import numpy as np
+import result_files
 
 from djpq_jax import config as config_lib
 from djpq_jax import data
@@ -134,7 +135,7 @@ def main():
   parser.add_argument('--seeds', type=int, nargs='+', default=[100])
   parser.add_argument('--out', type=pathlib.Path, required=True)
   args = parser.parse_args()
-  runs = compare.runs_of(args.out)
+  runs = result_files.runs_of(args.out)
   done = {(r['variant'], r['seed'], r['fold']) for r in runs}
   for seed, fold in itertools.product(args.seeds, range(args.folds)):
     always = [*args.set, f'seed={seed}']
@@ -149,9 +150,9 @@ def main():
       with ablations.patched(name):
         found = one(variants[name], fold, args.folds, model)
       row = {'variant': name, 'seed': seed, 'fold': fold} | found
-      compare.add(args.out, [row | {'commit': compare.commit()}])
+      result_files.add(args.out, [row | {'commit': result_files.commit()}])
       print(row, flush=True)
-  print(table(compare.runs_of(args.out)))
+  print(table(result_files.runs_of(args.out)))
 
 
 if __name__ == '__main__':

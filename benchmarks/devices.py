@@ -20,10 +20,10 @@ import sys
 import time
 from typing import Any
 
-import compare
 import jax
 import jax.numpy as jnp
 import numpy as np
+import result_files
 import step_cost
 
 from djpq_jax import budget as budget_lib
@@ -127,9 +127,9 @@ def main():
   args = parser.parse_args()
   if args.here:
     made = {
-      'commit': compare.commit(),
+      'commit': result_files.commit(),
       'load': round(os.getloadavg()[0], 1),
-      'environment': compare.environment(),
+      'environment': result_files.environment(),
     }
     row = measure(args.model, args.batch, args.wrappers[0], args.steps)
     print(json.dumps(row | made))
@@ -150,7 +150,7 @@ def main():
         text=True,
       )
       row = json.loads(done.stdout.splitlines()[-1])
-      row['environment']['command'] = compare.environment()['command']
+      row['environment']['command'] = result_files.environment()['command']
       result['runs'].append(row)
       print(json.dumps(result['runs'][-1]), flush=True)
   if args.out:

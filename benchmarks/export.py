@@ -19,9 +19,9 @@ import pathlib
 import tempfile
 from typing import Any
 
-import compare
 import cv2
 import numpy as np
+import result_files
 
 from djpq_jax import checkpoint
 from djpq_jax import compress
@@ -197,8 +197,8 @@ def main():
   _, split = data.load(args.data, data_dir=args.data_dir)
   images = first_images(split, max(args.images, args.large))
   result: dict[str, Any] = {
-    'environment': compare.environment(),
-    'commit': compare.commit(),
+    'environment': result_files.environment(),
+    'commit': result_files.commit(),
     'runs': [],
   }
 

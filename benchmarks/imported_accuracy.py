@@ -14,8 +14,8 @@ import pathlib
 import time
 from typing import Any
 
-import compare
 from flax import nnx
+import result_files
 
 from djpq_jax import data
 from djpq_jax import evaluation
@@ -60,8 +60,8 @@ def main():
     runs.append(measure(name, path, test))
     print(json.dumps(runs[-1]), flush=True)
   result: dict[str, Any] = {
-    'environment': compare.environment(),
-    'commit': compare.commit(),
+    'environment': result_files.environment(),
+    'commit': result_files.commit(),
     'runs': runs,
   }
   if args.out:

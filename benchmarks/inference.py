@@ -19,11 +19,11 @@ import pathlib
 import tempfile
 from typing import Any
 
-import compare
 from flax import nnx
 import jax
 import numpy as np
 import onnxruntime
+import result_files
 
 from djpq_jax import allocate
 from djpq_jax import compress
@@ -175,8 +175,8 @@ def main():
   parser.add_argument('--out', type=pathlib.Path)
   args = parser.parse_args()
   result: dict[str, Any] = {
-    'environment': compare.environment(),
-    'commit': compare.commit(),
+    'environment': result_files.environment(),
+    'commit': result_files.commit(),
     'threads': len(os.sched_getaffinity(0)),
     'cpu': cpu(),
     'load': [round(load, 1) for load in os.getloadavg()],

@@ -19,10 +19,10 @@ import tempfile
 import time
 from typing import Any
 
-import compare
 from flax import nnx
 import jax
 import numpy as np
+import result_files
 
 from djpq_jax import experiment
 
@@ -76,8 +76,8 @@ def main():
   print(f'{len(kills)} kills; the same bits: {same}')
   if args.out:
     result: dict[str, Any] = {
-      'environment': compare.environment(),
-      'commit': compare.commit(),
+      'environment': result_files.environment(),
+      'commit': result_files.commit(),
       'kills_after_seconds': kills,
       'undisturbed_seconds': round(seconds, 1),
       'same_bits': same,

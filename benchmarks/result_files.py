@@ -1,11 +1,22 @@
-"""What the benchmarks wrote to benchmarks/results."""
+"""Result files: what made the figures of a benchmark, and how it is told."""
 
 import json
+import os
 import pathlib
+import platform
+import shlex
+import subprocess
+import sys
 from typing import Any
+
+import flax
+import jax
+import numpy as np
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / 'benchmarks' / 'results'
+# Of the environment, what figures may depend on.
+VARIABLES = ('GLIBC_TUNABLES', 'XLA_FLAGS')
 
 
 def read(name: str) -> dict[str, Any]:
@@ -37,3 +48,58 @@ def made(found: dict) -> str:
     + '.'
   )
   return '\n\n'.join([said, *(m['note'] for m in made if 'note' in m)]) + '\n'
+
+
+def commit() -> str:
+  """The state of the code."""
+  git = ['git', 'describe', '--always', '--dirty', '--exclude=*']
+  done = subprocess.run(git, capture_output=True, text=True, check=False)
+  return done.stdout.strip()
+
+
+def environment() -> dict:
+  """What made the figures."""
+  here = [(n, os.environ[n]) for n in VARIABLES if n in os.environ]
+  given = [f'{name}={shlex.quote(value)}' for name, value in here]
+  return {
+    'command': ' '.join([*given, 'python', shlex.join(sys.argv)]),
+    'machine': f'{platform.machine()}, {os.cpu_count()} cores',
+    'device': jax.devices()[0].device_kind,
+    'versions': {
+      'python': platform.python_version(),
+      'jax': jax.__version__,
+      'flax': flax.__version__,
+      'numpy': np.__version__,
+    },
+  }
+
+
+def runs_of(path: pathlib.Path) -> list[dict]:
+  """The runs that a result file holds."""
+  return json.loads(path.read_text())['runs'] if path.exists() else []
+
+
+def add(path: pathlib.Path, runs: list[dict], versions=(), **about) -> None:
+  """Adds runs to a result file, and this command to those that made it.
+
+  Args:
+    path: a file; it is made if there is none.
+    runs: what to add.
+    versions: of libraries that this process does not have.
+    **about: what a new file says besides.
+  """
+  made = environment()
+  command = made.pop('command')
+  result: dict[str, Any] = {'environment': made, **about, 'runs': []}
+  if path.exists():  # another process may have written to it
+    result = json.loads(path.read_text())
+  made = result['environment']
+  commands = made.setdefault('commands', [])
+  if 'command' in made:
+    commands.append(made.pop('command'))
+  if command not in commands:
+    commands.append(command)
+  made['versions'] |= dict(versions)
+  result['runs'] += runs
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(result, indent=1) + '\n')

@@ -20,9 +20,9 @@ import pathlib
 import time
 from typing import Any
 
-import compare
 import jax
 import numpy as np
+import result_files
 
 from djpq_jax import allocate
 from djpq_jax import budget as budget_lib
@@ -141,11 +141,11 @@ def main():
   result: dict[str, Any] = {'runs': []}
   if args.out and args.out.exists():
     result = json.loads(args.out.read_text())
-  environment = compare.environment()
+  environment = result_files.environment()
   for name in args.models:
     for count in args.batches:
       made = {
-        'commit': compare.commit(),
+        'commit': result_files.commit(),
         'load': round(os.getloadavg()[0], 1),
         'environment': environment,
       }

@@ -18,8 +18,8 @@ import re
 import tempfile
 from typing import Any
 
-import compare
 import jax
+import result_files
 import step_cost
 
 from djpq_jax import models
@@ -79,7 +79,10 @@ def main():
   parser.add_argument('--steps', type=int, default=10)
   parser.add_argument('--out', type=pathlib.Path, required=True)
   args = parser.parse_args()
-  made = {'commit': compare.commit(), 'environment': compare.environment()}
+  made = {
+    'commit': result_files.commit(),
+    'environment': result_files.environment(),
+  }
   runs: list[dict[str, Any]] = []
   for name in args.models:
     for count in args.batches:

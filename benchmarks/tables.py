@@ -44,10 +44,10 @@ def record(workdir: pathlib.Path) -> None:
   """Keeps a finished demo as the one that the README shows."""
   found = report.read(workdir)
   del found['history']  # the pictures have it
-  environment = compare.environment() | {'command': 'make demo'}
+  environment = result_files.environment() | {'command': 'make demo'}
   result: dict[str, Any] = {
     'environment': environment,
-    'commit': compare.commit(),
+    'commit': result_files.commit(),
     'report': found,
   }
   (result_files.RESULTS / 'demo.json').write_text(

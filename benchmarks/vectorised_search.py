@@ -14,10 +14,10 @@ import pathlib
 import time
 from typing import Any
 
-import compare
 import jax
 import jax.numpy as jnp
 import numpy as np
+import result_files
 import step_cost
 
 from djpq_jax import models
@@ -63,8 +63,8 @@ def main():
   parser.add_argument('--out', type=pathlib.Path, required=True)
   args = parser.parse_args()
   result: dict[str, Any] = {
-    'commit': compare.commit(),
-    'environment': compare.environment(),
+    'commit': result_files.commit(),
+    'environment': result_files.environment(),
     'runs': [],
   }
   for name in args.models:

@@ -169,23 +169,26 @@ def at_bits(
     bits = float(np.clip(bits, *quantizer.bounds))
   _, found, exponent = quantizer.grid()
   clip = np.asarray(found if clip is None else clip)
+
+  def made(clip) -> layers.Quantizer:
+    return layers.Quantizer(
+      clip,
+      bits,
+      signed=quantizer.signed,
+      bounds=(bits, bits) if fixed else quantizer.bounds,
+      learn_exponent=quantizer.log_exponent is not None,
+      fixed=fixed,
+      exponent=exponent,
+      choices=() if fixed else quantizer.choices,
+      narrow_range=quantizer.narrow_range,
+    )
+
   if quantizer.log_exponent is None:  # else the grid is no copy of the tensor
     levels = 2.0 ** (bits - quantizer.signed) - 1
-    wide = fixed and bits >= layers.NARROW_FROM
     clip = clips.of_least_error(
-      clip, levels, tensors, symmetric=quantizer.symmetric or wide
+      clip, levels, tensors, symmetric=made(clip).symmetric
     )
-  return layers.Quantizer(
-    clip,
-    bits,
-    signed=quantizer.signed,
-    bounds=(bits, bits) if fixed else quantizer.bounds,
-    learn_exponent=quantizer.log_exponent is not None,
-    fixed=fixed,
-    exponent=exponent,
-    choices=() if fixed else quantizer.choices,
-    narrow_range=quantizer.narrow_range,
-  )
+  return made(clip)
 
 
 def _act_quantizer(settings, bits, clip, *, signed) -> layers.Quantizer:

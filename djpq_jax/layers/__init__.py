@@ -11,14 +11,12 @@ from djpq_jax.layers.operands import IntegerParam
 from djpq_jax.layers.operands import Operands
 from djpq_jax.layers.operands import tap
 from djpq_jax.layers.quantizer import EXPONENT_RANGE
-from djpq_jax.layers.quantizer import NARROW_FROM
 from djpq_jax.layers.quantizer import Quantizer
 from djpq_jax.layers.quantizer import QuantParam
 from djpq_jax.layers.quantizer import bounded
 
 __all__ = [
   'EXPONENT_RANGE',
-  'NARROW_FROM',
   'OPEN_LOG_ALPHA',
   'Gate',
   'GateIndex',
