@@ -175,20 +175,15 @@ class Quantizer(nnx.Module):
 
   def __call__(self, x):
     """Quantizes `x`, of any shape; the result has its shape and dtype."""
-    lsq = self.fixed_bits is not None and self.log_exponent is None
-    if lsq and self.symmetric:
+    sides = self._sides()
+    if self.fixed_bits is not None and self.log_exponent is None:
       clip = jnp.exp(self.log_clip[...])
-      return quantize.quantize_lsq(x, clip, self.fixed_bits, signed=self.signed)
-    return quantize.quantize(x, *self._grid_for(x), signed=self.signed)
+      return quantize.quantize_lsq(x, clip, self.fixed_bits, **sides)
+    return quantize.quantize(x, *self.grid(), **sides)
 
   def integers(self, x):
     """The whole numbers n, int32, for which `self(x)` is step * n."""
-    grid = self._grid_for(x)
-    return quantize.quantize_to_int(x, *grid, signed=self.signed)
+    return quantize.quantize_to_int(x, *self.grid(), **self._sides())
 
-  def _grid_for(self, x):
-    """(step, clip, exponent); negative x may go one step further."""
-    step, clip, exponent = self.grid()
-    if not self.symmetric:
-      clip = jnp.where(jnp.asarray(x) < 0, clip + step, clip)
-    return step, clip, exponent
+  def _sides(self):
+    return {'signed': self.signed, 'narrow_range': self.symmetric}

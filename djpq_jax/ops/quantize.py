@@ -7,6 +7,9 @@ A magnitude is clipped, raised to `exponent` and rounded to whole steps::
 
 The result is `step` times an integer: the grid is uniform whatever the
 exponent is, and there is no inverse mapping.  Unsigned, negative x gives 0.
+Signed, two's complement holds one level more below zero than above it; with
+``narrow_range=False`` the grid has it, too: negative x is clipped one step
+later, at ``-(clip + step)``.
 
 Straight-through derivatives, each times sign(x)::
 
@@ -14,6 +17,8 @@ Straight-through derivatives, each times sign(x)::
     d x_q / d clip     = exponent (clip - floor) ** (exponent - 1)  above clip
     d x_q / d exponent = u ln(min(|x|, clip) - floor)               above floor
     d x_q / d x        = 1 where |x| <= clip, 0 above    (without sign(x))
+
+and, where negative x is clipped one step later, 1 more to the step there.
 
 Formula and derivatives: `quant_layers.py` of github.com/microsoft/geta, which
 says that it follows DJPQ (Wang et al., arXiv 2007.10463).  The derivative to x
@@ -25,12 +30,29 @@ float64 inputs).  Reverse-mode differentiation only: there is no jvp.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 
-def quantize(x, step_size, clip, exponent=1.0, *, signed=True, floor=0.0):
+class _Sides(NamedTuple):
+  """What a grid has below zero; static."""
+
+  signed: bool
+  narrow: bool
+
+
+def quantize(
+  x,
+  step_size,
+  clip,
+  exponent=1.0,
+  *,
+  signed=True,
+  floor=0.0,
+  narrow_range=True,
+):
   """Rounds x to whole steps, differentiable in x and in the grid.
 
   ``x_q = sign(x) step round((min(|x|, clip) - floor) ** exponent / step)``
@@ -50,13 +72,16 @@ def quantize(x, step_size, clip, exponent=1.0, *, signed=True, floor=0.0):
     signed: whether negative values have levels; static.
     floor: fixed lower edge, >= 0, in units of x, without gradient; magnitudes
       below it give 0.
+    narrow_range: whether a signed grid has as many levels below zero as above,
+      or one more, as two's complement [LSQ, Esser et al. 2020]; static.
 
   Returns:
     Array of x's shape and dtype.
 
   Raises:
     TypeError: x is not floating.
-    ValueError: a parameter does not broadcast to x.
+    ValueError: a parameter does not broadcast to x, or a level more is asked
+      for together with an exponent.
 
   >>> quantize(jnp.array([-2.0, 0.3, 0.8]), 0.25, 1.0)
   Array([-1.  ,  0.25,  0.75], dtype=float32)
@@ -64,7 +89,10 @@ def quantize(x, step_size, clip, exponent=1.0, *, signed=True, floor=0.0):
   Array([0.  , 0.25, 0.75], dtype=float32)
   >>> float(jax.grad(quantize, argnums=2)(jnp.array(3.0), 0.25, 1.0))
   1.0
+  >>> quantize(jnp.array([-9.0, 9.0]), 0.5, 0.5, narrow_range=False)
+  Array([-1. ,  0.5], dtype=float32)
   """
+  sides = _sides(signed, narrow_range, exponent)
   x, unit, step, clip, exponent, floor = _operands(
     x,
     unit=_unit(step_size),
@@ -74,11 +102,11 @@ def quantize(x, step_size, clip, exponent=1.0, *, signed=True, floor=0.0):
     floor=floor,
   )
   if exponent is None:
-    return _uniform(x, unit, step, clip, floor, bool(signed))
-  return _warped(x, unit, step, clip, exponent, floor, bool(signed))
+    return _uniform(x, unit, step, clip, floor, sides)
+  return _warped(x, unit, step, clip, exponent, floor, sides)
 
 
-def quantize_lsq(x, clip, bits, *, signed=True):
+def quantize_lsq(x, clip, bits, *, signed=True, narrow_range=True):
   """The quantizer of a fixed number of bits: only its clip is learned.
 
   ``quantize(x, step_for_bits(bits, clip), clip)``, whose step moves with the
@@ -92,6 +120,8 @@ def quantize_lsq(x, clip, bits, *, signed=True):
     clip: largest magnitude kept, > 0, in units of x; broadcasts to x.
     bits: a Python number, > 1 if signed and > 0 if not.
     signed: whether negative values have levels; static.
+    narrow_range: whether a signed grid has as many levels below zero as above,
+      or all ``2 ** bits``; static.
 
   Returns:
     Array of x's shape and dtype.
@@ -102,16 +132,25 @@ def quantize_lsq(x, clip, bits, *, signed=True):
 
   >>> quantize_lsq(jnp.array([-2.0, 0.3, 0.8]), 1.0, 3)
   Array([-1.        ,  0.33333334,  0.6666667 ], dtype=float32)
+  >>> quantize_lsq(jnp.array([-9.0, 9.0]), 0.5, 2, narrow_range=False)
+  Array([-1. ,  0.5], dtype=float32)
   """
   step = clip / (2.0 ** (bits - signed) - 1)
   x, unit, step, clip = _operands(
     x, unit=_unit(clip), step_size=step, clip=clip
   )
-  return _lsq(x, unit, step, clip, bool(signed))
+  return _lsq(x, unit, step, clip, _sides(signed, narrow_range))
 
 
 def quantize_to_int(
-  x, step_size, clip, exponent=1.0, *, signed=True, floor=0.0
+  x,
+  step_size,
+  clip,
+  exponent=1.0,
+  *,
+  signed=True,
+  floor=0.0,
+  narrow_range=True,
 ):
   """Integer levels n of the quantizer: `quantize(x, ...)` is step * n.
 
@@ -124,21 +163,25 @@ def quantize_to_int(
     exponent: power that warps magnitudes, > 0; broadcasts to x.
     signed: whether negative values have levels; static.
     floor: fixed lower edge, >= 0, in units of x.
+    narrow_range: whether a signed grid has as many levels below zero as above,
+      or one more; static.
 
   Returns:
     int32 array of x's shape.
 
   Raises:
     TypeError: x is not floating.
-    ValueError: a parameter does not broadcast to x.
+    ValueError: a parameter does not broadcast to x, or a level more is asked
+      for together with an exponent.
 
   >>> quantize_to_int(jnp.array([-2.0, 0.3, 0.8]), 0.25, 1.0)
   Array([-4,  1,  3], dtype=int32)
   """
+  sides = _sides(signed, narrow_range, exponent)
   x, step, clip, exponent, floor = _operands(
     x, step_size=step_size, clip=clip, exponent=exponent, floor=floor
   )
-  level = _level(x, step, clip, exponent, floor, signed)
+  level = _level(x, step, clip, exponent, floor, sides)
   return jax.lax.stop_gradient(level).astype(jnp.int32)
 
 
@@ -148,7 +191,7 @@ def bit_width(step_size, clip, exponent=1.0, *, signed=True, floor=0.0):
   The logarithm without its ceil: real-valued bits train, whole bits are for
   the report [ceil: `quant_layers.py` of microsoft/geta; without: our choice].
   `ceil(bit_width(...))` bits hold all levels of `quantize_to_int`, up to
-  float32 rounding.
+  float32 rounding, and also the level more of ``narrow_range=False``.
 
   Args:
     step_size: spacing of the grid in units of u, > 0.
@@ -198,6 +241,12 @@ def step_for_bits(bits, clip, exponent=1.0, *, signed=True, floor=0.0):
   return span / (jnp.exp2(bits - int(signed)) - 1)
 
 
+def _sides(signed, narrow_range, exponent=1.0):
+  if not narrow_range and not _is_one(exponent):
+    raise ValueError('narrow_range=False is for grids with exponent 1.0 only')
+  return _Sides(bool(signed), bool(narrow_range or not signed))
+
+
 def _unit(parameter):
   """One, whose derivative is that of the parameter's logarithm.
 
@@ -208,18 +257,18 @@ def _unit(parameter):
   return parameter / jax.lax.stop_gradient(parameter)
 
 
-def _values(x, step, clip, exponent, floor, signed):
+def _values(x, step, clip, exponent, floor, sides):
   """Quantized values in x's dtype, and what of them the way back keeps."""
-  x_q = step * _level(x, step, clip, exponent, floor, signed)
+  x_q = step * _level(x, step, clip, exponent, floor, sides)
   # A layer keeps its input anyway, unless that has another dtype.
   return x_q.astype(x.dtype), x_q if x.dtype == x_q.dtype else None
 
 
-def _wide(x_q, x, step, clip, exponent, floor, signed):
+def _wide(x_q, x, step, clip, exponent, floor, sides):
   """The values that were kept, or else once more, in the compute dtype."""
   if x_q is not None:
     return x_q
-  return step * _level(x, step, clip, exponent, floor, signed)
+  return step * _level(x, step, clip, exponent, floor, sides)
 
 
 def _moved(x_q, u):
@@ -236,27 +285,31 @@ def _moved(x_q, u):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _uniform(x, unit, step, clip, floor, signed):
+def _uniform(x, unit, step, clip, floor, sides):
   """The quantizer for exponent 1; operands of one shape."""
   del unit
-  return _values(x, step, clip, None, floor, signed)[0]
+  return _values(x, step, clip, None, floor, sides)[0]
 
 
-def _uniform_fwd(x, unit, step, clip, floor, signed):
+def _uniform_fwd(x, unit, step, clip, floor, sides):
   del unit
-  out, x_q = _values(x, step, clip, None, floor, signed)
+  out, x_q = _values(x, step, clip, None, floor, sides)
   return out, (x, x_q, step, clip, floor)
 
 
-def _uniform_bwd(signed, residuals, g):
+def _uniform_bwd(sides, residuals, g):
   x, x_q, step, clip, floor = residuals
-  x_q = _wide(x_q, x, step, clip, None, floor, signed)
-  size, sign = _size_and_sign(x.astype(step.dtype), signed)
-  above = size > clip
-  d_x = jnp.where(_inside(x, above, signed), g, jnp.zeros_like(g))
+  x_q = _wide(x_q, x, step, clip, None, floor, sides)
+  size, sign = _size_and_sign(x.astype(step.dtype), sides)
+  edge = _edge(x, step, clip, sides)
+  above = size > edge
+  d_x = jnp.where(_inside(x, above, sides), g, jnp.zeros_like(g))
   g = g.astype(step.dtype) * sign
-  d_unit = g * _moved(x_q, _magnitude(size, clip, floor))
+  d_unit = g * _moved(x_q, _magnitude(size, edge, floor))
   d_clip = jnp.where(above, g, 0)
+  if not sides.narrow:
+    # The edge below moves with the step, too.
+    d_unit += jnp.where(x < 0, d_clip * step, 0)
   return d_x, d_unit, None, d_clip, None
 
 
@@ -264,23 +317,23 @@ _uniform.defvjp(_uniform_fwd, _uniform_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _lsq(x, unit, step, clip, signed):
+def _lsq(x, unit, step, clip, sides):
   """The quantizer whose step and clip both move with `unit`."""
   del unit
-  return _values(x, step, clip, None, 0, signed)[0]
+  return _values(x, step, clip, None, 0, sides)[0]
 
 
-def _lsq_fwd(x, unit, step, clip, signed):
+def _lsq_fwd(x, unit, step, clip, sides):
   del unit
-  out, x_q = _values(x, step, clip, None, 0, signed)
+  out, x_q = _values(x, step, clip, None, 0, sides)
   return out, (x, x_q, step, clip)
 
 
-def _lsq_bwd(signed, residuals, g):
+def _lsq_bwd(sides, residuals, g):
   x, x_q, step, clip = residuals
-  x_q = _wide(x_q, x, step, clip, None, 0, signed)
-  size, sign = _size_and_sign(x.astype(step.dtype), signed)
-  inside = _inside(x, size > clip, signed)
+  x_q = _wide(x_q, x, step, clip, None, 0, sides)
+  size, sign = _size_and_sign(x.astype(step.dtype), sides)
+  inside = _inside(x, size > _edge(x, step, clip, sides), sides)
   d_x = jnp.where(inside, g, jnp.zeros_like(g))
   d_unit = g.astype(step.dtype) * sign * _moved(x_q, jnp.where(inside, size, 0))
   return d_x, d_unit, None, None
@@ -290,27 +343,27 @@ _lsq.defvjp(_lsq_fwd, _lsq_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _warped(x, unit, step, clip, exponent, floor, signed):
+def _warped(x, unit, step, clip, exponent, floor, sides):
   """The quantizer for any exponent; operands of one shape."""
   del unit
-  return _values(x, step, clip, exponent, floor, signed)[0]
+  return _values(x, step, clip, exponent, floor, sides)[0]
 
 
-def _warped_fwd(x, unit, step, clip, exponent, floor, signed):
+def _warped_fwd(x, unit, step, clip, exponent, floor, sides):
   del unit
-  out, x_q = _values(x, step, clip, exponent, floor, signed)
+  out, x_q = _values(x, step, clip, exponent, floor, sides)
   return out, (x, x_q, step, clip, exponent, floor)
 
 
-def _warped_bwd(signed, residuals, g):
+def _warped_bwd(sides, residuals, g):
   x, x_q, step, clip, exponent, floor = residuals
-  x_q = _wide(x_q, x, step, clip, exponent, floor, signed)
-  size, sign = _size_and_sign(x.astype(step.dtype), signed)
+  x_q = _wide(x_q, x, step, clip, exponent, floor, sides)
+  size, sign = _size_and_sign(x.astype(step.dtype), sides)
   magnitude = _magnitude(size, clip, floor)
   u = _power(magnitude, exponent)
   above = size > clip
   span = clip - floor
-  d_x = jnp.where(_inside(x, above, signed), g, jnp.zeros_like(g))
+  d_x = jnp.where(_inside(x, above, sides), g, jnp.zeros_like(g))
   g = g.astype(step.dtype) * sign
   d_unit = g * _moved(x_q, u)
   d_clip = jnp.where(above, g * exponent * _power(span, exponent - 1), 0)
@@ -321,17 +374,18 @@ def _warped_bwd(signed, residuals, g):
 _warped.defvjp(_warped_fwd, _warped_bwd)
 
 
-def _level(x, step, clip, exponent, floor, signed):
+def _level(x, step, clip, exponent, floor, sides):
   """Signed whole level of each x, still floating."""
-  size, sign = _size_and_sign(x.astype(step.dtype), signed)
-  u = _power(_magnitude(size, clip, floor), exponent)
+  size, sign = _size_and_sign(x.astype(step.dtype), sides)
+  edge = _edge(x, step, clip, sides)
+  u = _power(_magnitude(size, edge, floor), exponent)
   # Not u / step: XLA turns that into this product under jit on CPU but not
   # outside of it, and then the last bit, so the integer at a tie, would differ.
   return sign * jnp.round(u * (1 / step))
 
 
-def _size_and_sign(x, signed):
-  if signed:
+def _size_and_sign(x, sides):
+  if sides.signed:
     return jnp.abs(x), jnp.sign(x)
   return jnp.maximum(x, 0), jnp.ones_like(x)
 
@@ -341,9 +395,14 @@ def _magnitude(size, clip, floor):
   return jnp.maximum(jnp.minimum(size, clip) - floor, 0)
 
 
-def _inside(x, above, signed):
+def _edge(x, step, clip, sides):
+  """The largest magnitude kept, of each x."""
+  return clip if sides.narrow else jnp.where(x < 0, clip + step, clip)
+
+
+def _inside(x, above, sides):
   """Where the straight-through derivative to x is 1."""
-  return ~above if signed else ~above & (x >= 0)
+  return ~above if sides.signed else ~above & (x >= 0)
 
 
 def _power(base, exponent):

@@ -35,9 +35,11 @@ def _edges(step=0.25, clip=1.0):
   return jnp.asarray([*x, *(-v for v in x)], jnp.float32)
 
 
-def _oracle(x, step, clip, exponent, *, signed, floor):
+def _oracle(x, step, clip, exponent, *, signed, floor, narrow_range=True):
   """Plain jnp whose jax.grad is the documented derivative."""
   fixed = jax.lax.stop_gradient
+  if not narrow_range:
+    clip = jnp.where(x < 0, clip + step, clip)
   size = jnp.abs(x) if signed else jnp.maximum(x, 0.0)
   sign = jnp.sign(x) if signed else jnp.ones_like(x)
   above = size > clip
@@ -95,11 +97,19 @@ def test_ties_round_to_even():
   np.testing.assert_array_equal(got, [0, 2, 2, 0, -2])
 
 
-@pytest.mark.parametrize('signed', SIGNED)
+# Each (exponent, signed, narrow_range) that there is.
+GRIDS = [
+  *((e, signed, True) for e in EXPONENTS for signed in SIGNED),
+  (1.0, True, False),
+]
+
+
+@pytest.mark.parametrize(('exponent', 'signed', 'narrow_range'), GRIDS)
 @pytest.mark.parametrize('floor', FLOORS)
-@pytest.mark.parametrize('exponent', EXPONENTS)
 @pytest.mark.parametrize('params', ['scalar', 'channel', 'element'])
-def test_gradients_equal_the_oracle(params, exponent, floor, signed):
+def test_gradients_equal_the_oracle(
+  params, floor, exponent, signed, narrow_range
+):
   exponent = _exponent(exponent)
   x = jnp.concatenate([_random((32, 5)), _edges().reshape(4, 5)])
   step, clip = jnp.float32(0.25), jnp.float32(1.0)
@@ -110,14 +120,12 @@ def test_gradients_equal_the_oracle(params, exponent, floor, signed):
     step, clip = _full(x, step, clip)
   if params != 'scalar' and not isinstance(exponent, float):
     exponent = jnp.broadcast_to(exponent, clip.shape)
+  settings = dict(signed=signed, floor=floor, narrow_range=narrow_range)
   got = _all_grads(
-    functools.partial(quantize.quantize, signed=signed, floor=floor),
-    x, step, clip, exponent,
-  )  # fmt: skip
+    functools.partial(quantize.quantize, **settings), x, step, clip, exponent
+  )
   want = _all_grads(
-    lambda *args: _oracle(
-      args[0], *_full(x, *args[1:]), signed=signed, floor=floor
-    ),
+    lambda *args: _oracle(args[0], *_full(x, *args[1:]), **settings),
     x, step, clip, exponent,
   )  # fmt: skip
   for g, w in zip(got, want, strict=True):
@@ -144,23 +152,30 @@ def test_gradients_in_closed_form(sign):
   np.testing.assert_allclose(got[3], sign * u * log, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize('signed', SIGNED)
+SIDES = [
+  dict(signed=True),
+  dict(signed=False),
+  dict(signed=True, narrow_range=False),
+]
+
+
+@pytest.mark.parametrize('sides', SIDES)
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize('bits', [2, 4, 8])
 @pytest.mark.parametrize('per_channel', [False, True])
 def test_lsq_is_the_quantizer_whose_step_follows_its_clip(
-  per_channel, bits, dtype, signed
+  per_channel, bits, dtype, sides
 ):
   clip = jnp.asarray([1.0, 0.5, 2.0, 1.0, 1.5]) if per_channel else 1.3
   x = jnp.concatenate([_random((32, 5)), _edges().reshape(4, 5)]).astype(dtype)
   weight = _random(x.shape, seed=1)
 
   def lsq(x, clip):
-    return quantize.quantize_lsq(x, clip, bits, signed=signed)
+    return quantize.quantize_lsq(x, clip, bits, **sides)
 
   def general(x, clip):
-    step = clip / (2.0 ** (bits - signed) - 1)
-    return quantize.quantize(x, step, clip, signed=signed)
+    step = clip / (2.0 ** (bits - sides['signed']) - 1)
+    return quantize.quantize(x, step, clip, **sides)
 
   np.testing.assert_array_equal(lsq(x, clip), general(x, clip))
 
@@ -409,6 +424,46 @@ def test_levels_fit_their_bits(floor, exponent, signed):
   np.testing.assert_array_equal(level.min(1), -top if signed else 0)
   for row, b in zip(level, np.ravel(bits), strict=True):
     assert len(np.unique(row)) <= 2**b
+
+
+@pytest.mark.parametrize('bits', [2, 3, 4, 8])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_a_grid_that_is_not_narrow_has_all_levels(bits, dtype):
+  clip = jnp.float32(1.37)
+  step = quantize.step_for_bits(float(bits), clip)
+  x = jnp.linspace(-4.0, 4.0, 20_001).astype(dtype)
+  level = quantize.quantize_to_int(x, step, clip, narrow_range=False)
+  want = np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
+  np.testing.assert_array_equal(np.unique(level), want)
+  assert quantize.bit_width(step, clip) == pytest.approx(bits)
+  out = (step * level.astype(jnp.float32)).astype(dtype)
+  for f in (
+    lambda x: quantize.quantize(x, step, clip, narrow_range=False),
+    lambda x: quantize.quantize_lsq(x, clip, bits, narrow_range=False),
+  ):
+    np.testing.assert_array_equal(f(x), out)
+    np.testing.assert_array_equal(jax.jit(f)(x), out)
+  # Above zero it is the symmetric grid.
+  symmetric = quantize.quantize_to_int(x, step, clip)
+  np.testing.assert_array_equal(
+    symmetric, np.maximum(level, 1 - 2 ** (bits - 1))
+  )
+
+
+def test_a_grid_that_is_not_narrow_at_its_edges():
+  """Infinity and NaN as on any grid, and nothing changes unsigned."""
+  x = jnp.asarray([jnp.inf, -jnp.inf, jnp.nan])
+  got = quantize.quantize(x, 0.25, 1.0, narrow_range=False)
+  np.testing.assert_array_equal(got, [1.0, -1.25, np.nan])
+  got = quantize.quantize(x, 0.25, 1.0, signed=False, narrow_range=False)
+  np.testing.assert_array_equal(got, [1.0, 0.0, np.nan])
+
+
+@pytest.mark.parametrize('f', [quantize.quantize, quantize.quantize_to_int])
+@pytest.mark.parametrize('exponent', [1.3, jnp.float32(1.0)])
+def test_a_level_more_with_an_exponent_is_refused(exponent, f):
+  with pytest.raises(ValueError, match='narrow_range=False is for grids'):
+    f(jnp.ones(3), 0.25, 1.0, exponent, narrow_range=False)
 
 
 @pytest.mark.parametrize('signed', SIGNED)
