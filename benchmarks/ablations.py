@@ -1,22 +1,28 @@
 """Changes of the method that no config has, each alone: crossvalidate.py."""
 
 import contextlib
+import functools
+import math
 from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import optax
+import sensitivity
 
+from djpq_jax import allocate
 from djpq_jax import compress
 from djpq_jax import layers
 from djpq_jax import optim
 from djpq_jax import train
+from djpq_jax.compress import structure as structure_lib
 from djpq_jax.experiment import phases
 from djpq_jax.ops import quantize
 from djpq_jax.train import step as step_lib
 
 DAMPING = 1e-4  # per weight, of its squared distance from the grid, in steps
+SAMPLE: dict[str, Any] = {}  # 'images' that a plan is measured on
 AVERAGED = 0.05  # of a phase's steps: what an average of weights looks back on
 
 
@@ -108,7 +114,31 @@ def _model_of_average(state):
   return _MODEL_OF(state)
 
 
+def _noting_sample(run, *args, **kwargs):
+  """The search; the images that a plan is measured on are kept."""
+  SAMPLE['images'] = run.sample()
+  return _SEARCH(run, *args, **kwargs)
+
+
+def _measured_plan(model, budgets, choices=None):
+  """The plan's channels, with bits by measured sensitivities."""
+  plan = _PLAN(model, budgets, choices)
+  bounds = {}
+  for path, _, operands in compress.hooks(model):
+    if operands.weight is not None:
+      for kind in sensitivity.KINDS:
+        low, high = getattr(operands, kind).bounds
+        bounds[kind, path] = math.ceil(low), math.floor(high)
+  images = SAMPLE['images']
+  costs = sensitivity.divergences(model, plan, bounds, images)
+  structure = model.structure
+  most = budgets['bops']
+  return sensitivity.least(structure, plan, costs, most)
+
+
 _STEPS = {'finetune': 1}
+_SEARCH = phases.search
+_PLAN = allocate.plan
 _TOTAL_LOSS = step_lib.total_loss
 _FINETUNE_STATE = phases.finetune_state
 _MAKE = optim.make
@@ -122,6 +152,17 @@ PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
   'damped weights': [
     (step_lib, 'total_loss', _damped_loss),
     (phases, 'finetune_state', _noting_steps),
+  ],
+  'measured plan': [
+    (phases, 'search', _noting_sample),
+    (allocate, 'plan', _measured_plan),
+  ],
+  'inputs of one bit': [
+    (
+      structure_lib,
+      'LayerSettings',
+      functools.partial(structure_lib.LayerSettings, act_bits=(1, 8)),
+    ),
   ],
   'averaged weights': [
     (optim, 'make', _averaging),

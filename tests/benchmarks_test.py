@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import json
 import pathlib
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
+from djpq_jax import allocate
 from djpq_jax import layers
 from djpq_jax import optim
 from djpq_jax import train
@@ -141,6 +143,75 @@ def test_bops_can_move_steps_or_clips_alone(ablations, kept):
   for name, before, after in zip(('step', 'clip'), plain, alone):
     assert before != 0
     np.testing.assert_allclose(after, before if name == kept else 0, rtol=1e-6)
+
+
+def test_bits_can_be_planned_by_what_they_cost(ablations):
+  """The least sum within the budget, as trying all plans finds it."""
+  sensitivity = importlib.import_module('sensitivity')
+  net = tiny.compressed(tiny.Mlp)
+  plan = allocate.plan(net, None)
+  bounds = {(k, p): (2, 5) for k in sensitivity.KINDS for p in plan.act_bits}
+  costs = sensitivity.divergences(net, plan, bounds, tiny.batch()['image'])
+  assert costs.keys() == bounds.keys()
+  for by_bits in costs.values():
+    assert list(by_bits) == [2, 3, 4, 5]
+    assert by_bits[2] > by_bits[5] >= 0
+  budget = 0.012
+  found = sensitivity.least(net.structure, plan, costs, budget)
+
+  def loss(weight_bits, act_bits):
+    bits = {'weight': weight_bits, 'act': act_bits}
+    return sum(costs[k, p][bits[k][p]] for k, p in costs)
+
+  best = np.inf
+  for bits in itertools.product(range(2, 6), repeat=len(costs)):
+    each = dict(zip(costs, bits))
+    tried = dataclasses.replace(
+      plan,
+      weight_bits={p: b for (k, p), b in each.items() if k == 'weight'},
+      act_bits={p: b for (k, p), b in each.items() if k == 'act'},
+    )
+    if allocate.relative_bops(net.structure, tried) <= budget:
+      best = min(best, loss(tried.weight_bits, tried.act_bits))
+  assert loss(found.weight_bits, found.act_bits) == pytest.approx(best)
+  assert 0.9 * budget < allocate.relative_bops(net.structure, found) <= budget
+  np.testing.assert_equal(found.open, plan.open)
+  with pytest.raises(ValueError, match=r'no bits meet 0\.1000% of the BOPs'):
+    sensitivity.least(net.structure, plan, costs, 0.001)
+
+
+def test_a_measured_plan_follows_the_measurement(
+  ablations, command, monkeypatch
+):
+  """Where inputs alone are said to need bits, they get all they can have."""
+
+  def divergences(model, plan, bounds, images):
+    del model, plan, images
+    return {
+      (kind, path): {b: (kind == 'act') / b for b in range(low, high + 1)}
+      for (kind, path), (low, high) in bounds.items()
+    }
+
+  net = tiny.compressed(tiny.Mlp)
+  budgets = {'bops': 0.012}
+  learned = allocate.plan(net, budgets)
+  with ablations.patched('measured plan'), monkeypatch.context() as patch:
+    patch.setattr(ablations.sensitivity, 'divergences', divergences)
+    patch.setitem(ablations.SAMPLE, 'images', tiny.batch()['image'])
+    measured = allocate.plan(net, budgets)
+  np.testing.assert_equal(measured.open, learned.open)
+  assert allocate.relative_bops(net.structure, measured) <= 0.012
+  assert measured.act_bits['head'] > learned.act_bits['head']
+  variant = ['--variant', 'measured plan', '--set', 'budget=0.02']
+  assert len(command('crossvalidate', *variant, '--folds', '2')['runs']) == 2
+
+
+def test_inputs_can_have_one_bit(ablations):
+  with ablations.patched('inputs of one bit'):
+    found = tiny.compressed(tiny.Mlp).structure.layers
+  first, *others = [layer.act_bits for layer in found.values()]
+  assert first == (8, 8)
+  assert others == [(1, 8)] * len(others)
 
 
 def test_gates_can_be_without_noise(ablations):
