@@ -1,4 +1,7 @@
-"""Changes of the method that no config has, each alone: crossvalidate.py."""
+"""Changes of the method that no config has, each alone.
+
+Variants of crossvalidate.py, and contestants 'DJPQ NAME @BUDGET' of compare.py.
+"""
 
 import contextlib
 import functools
@@ -173,8 +176,13 @@ PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
 
 @contextlib.contextmanager
 def patched(name: str):
-  """A context in which the method is changed as `name` says, if it is known."""
+  """A context in which the method is changed.
+
+  Args:
+    name: one of PATCHES, with or without 'DJPQ ' before it; any other changes
+      nothing.
+  """
   with contextlib.ExitStack() as stack:
-    for where, attribute, new in PATCHES.get(name, []):
+    for where, attribute, new in PATCHES.get(name.removeprefix('DJPQ '), []):
       stack.enter_context(mock.patch.object(where, attribute, new))
     yield

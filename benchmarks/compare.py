@@ -15,6 +15,7 @@ import tempfile
 import time
 from typing import Any
 
+import ablations
 import jax
 import numpy as np
 import result_files
@@ -84,6 +85,7 @@ def contestants(base, budgets, shares=()):
     'DJPQ rates / 10': _rates(base, 0.1),
     'DJPQ half the search': _half_the_search(base),
     **{f'DJPQ {name}': fields for name, fields in ABLATIONS.items()},
+    **{f'DJPQ {name}': {} for name in ablations.PATCHES},
     **{f'DJPQ {name}': ruled(fields) for name, fields in RULES.items()},
     'DJPQ-restrict': {'bit_choices': (2, 4, 8, 16, 32)},
     'two-stage': {'method': 'two_stage'},
@@ -231,7 +233,8 @@ def main():
       changed = config_lib.change(config, **rows[name])
       run = {'contestant': name, 'seed': seed, 'commit': result_files.commit()}
       try:
-        run |= one(changed, model, accuracy)
+        with ablations.patched(name.partition(' @')[0]):
+          run |= one(changed, model, accuracy)
         told = f'{run["accuracy"]:.2%} at {run["relative_bops"]:.4%}'
       except (ValueError, train.TrainingError) as error:
         # As a budget that bits alone cannot reach: one sentence for the user.
