@@ -35,6 +35,14 @@ PICTURES: dict[str, tuple[list[str], dict[str, str]]] = {
       'torch-pruning, NNCF': r'torch-pruning.*',
     },
   ),
+  'resnet20_cifar10_5_epochs_pareto': (
+    ['resnet20_cifar10_5_epochs'],
+    {
+      'DJPQ': r'DJPQ @.*',
+      'DJPQ, inputs of one bit': r'DJPQ inputs of one bit @.*',
+      'uniform bits': r'W\dA\d',
+    },
+  ),
   'resnet20_cifar10_pareto': (
     ['resnet20_cifar10'],
     {

@@ -1,12 +1,13 @@
 """DJPQ on ResNet-20 / CIFAR-10, from a trained float model.
 
 The float weights have 91.73 %.  Reproduced so far, in 5 epochs instead of 10
-(search.epochs=1.5, finetune.epochs=3.5): 91.35 % and 91.31 % (two seeds) at
-1.57 % of the float32 BOPs, four bits everywhere 91.44 % and 91.35 % at 1.58 %;
-91.06 % (one seed) at 0.987 %, two stages 90.64 % at 0.999 %; 90.47 % (one seed)
-at 0.889 %, three bits everywhere 90.27 % at 0.895 %.  In all 10 epochs: 91.68 %
-(one seed) at 1.998 %.  See benchmarks/results/resnet20_cifar10.json and
-resnet20_cifar10_10_epochs.json.
+(search.epochs=1.5, finetune.epochs=3.5), with one seed: 90.70 % at 0.894 % of
+the float32 BOPs, three bits everywhere 90.47 % at 0.895 %; 87.93 % at 0.403 %,
+two bits everywhere 86.92 % at 0.403 %.  With symmetric grids of kernels:
+91.35 % and 91.31 % (two seeds) at 1.57 %, four bits 91.44 % and 91.35 % at
+1.58 %; 91.06 % (one seed) at 0.987 %, two stages 90.64 % at 0.999 %; in all 10
+epochs 91.68 % (one seed) at 1.998 %.  The results are
+benchmarks/results/resnet20_cifar10*.json.
 
 Weights: pretrained_models of github.com/akamaster/pytorch_resnet_cifar10.
 Command: djpq train --config configs/resnet20_cifar10.py \
