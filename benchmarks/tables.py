@@ -154,9 +154,9 @@ def reliability() -> str:
   return compare.markdown(head, rows) + result_files.made(found)
 
 
-def ablations() -> str:
+def ablations(name: str) -> str:
   """What single changes of the method bring on images that were held out."""
-  found = result_files.read('ablations')
+  found = result_files.read(name)
   return f'{crossvalidate.table(found["runs"])}\n\n{result_files.made(found)}'
 
 
@@ -192,7 +192,8 @@ def text(name: str) -> str:
     'demo': demo,
     'headline': headline,
     'fields': fields,
-    'ablations': ablations,
+    'ablations': lambda: ablations('ablations'),
+    'ablations_bits': lambda: ablations('ablations_bits'),
     'alignment': alignment,
     'reliability': reliability,
     'inference': tables_speed.inference,
