@@ -38,28 +38,41 @@ class Dequantizer(nnx.Module):
 
 
 class FixedQuantizer(nnx.Module):
-  """Rounds a layer's input to its settled grid."""
+  """Rounds a layer's input to its settled grid.
 
-  def __init__(self, step, clip, *, signed: bool):
+  Args:
+    step: spacing of the levels, > 0.
+    clip: the largest value.
+    signed: whether the grid has levels below zero.
+    narrow_range: whether these are as many as above zero; else one more.
+  """
+
+  def __init__(self, step, clip, *, signed: bool, narrow_range: bool = True):
     self.step = Constant(step)
     self.clip = Constant(clip)
     self.signed = signed
+    self.narrow_range = narrow_range
 
   def __call__(self, x):
     """Float array -> multiples of the step, same shape and dtype."""
-    return quantize.quantize(
-      x, self.step[...], self.clip[...], signed=self.signed
-    )
+    return quantize.quantize(x, self.step[...], self.clip[...], **self._sides())
 
   def integers(self, x):
     """The levels n, int32 of x's shape, for which `self(x)` is step * n."""
     return quantize.quantize_to_int(
-      x, self.step[...], self.clip[...], signed=self.signed
+      x, self.step[...], self.clip[...], **self._sides()
     )
+
+  def _sides(self):
+    return {'signed': self.signed, 'narrow_range': self.narrow_range}
 
   def top(self) -> int:
     """The largest level."""
     return int(jnp.max(self.integers(self.clip[...])))
+
+  def bottom(self) -> int:
+    """The lowest level; 0 if none is below zero."""
+    return int(jnp.min(self.integers(-2 * self.clip[...])))
 
   def bits(self) -> int:
     """Bits that its largest level takes."""
@@ -146,7 +159,9 @@ def _settle(hook: compress.Hook):
   hook.layer.kernel = layers.IntegerParam(integers.astype(dtype))
   hook.operands.weight = nnx.data(Dequantizer(weight.grid()[0]))
   step, clip, _ = act.grid()
-  hook.operands.act = nnx.data(FixedQuantizer(step, clip, signed=act.signed))
+  hook.operands.act = nnx.data(
+    FixedQuantizer(step, clip, signed=act.signed, narrow_range=act.symmetric)
+  )
 
 
 def _settle_norm(norm: nnx.BatchNorm) -> None:

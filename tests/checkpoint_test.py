@@ -55,10 +55,11 @@ class MoreClasses(tiny.Normed):
 
 @functools.cache
 def hardened():
-  """A model with integers of 3 and of 12 bits, batch norm and gates."""
+  """Integers of 3 and of 12 bits, an input of 5, batch norm and gates."""
   net = tiny.compressed(tiny.Normed)
   plan = tiny.some_plan(net)
   plan.weight_bits['head'] = 12
+  plan.act_bits['conv'] = 5
   frozen = compress.freeze(net, plan, tiny.batch(64)['image'])
   return harden.harden(frozen)
 
@@ -326,7 +327,26 @@ def test_older_version(artifact, version):
 
 def test_newer_version(artifact):
   edit(artifact, version=manifest_lib.VERSION + 1)
-  refused(artifact, 'has format version 5, .* reads up to 4; update djpq_jax')
+  refused(artifact, 'has format version 6, .* reads up to 5; update djpq_jax')
+
+
+def test_the_version_before_had_symmetric_inputs(artifact):
+  """It did not say so, and had no others."""
+  said = index.read(artifact)
+  assert said.pop('uneven_inputs') == ['conv']
+  index.write(artifact, said)
+  edit(artifact, version=4)
+  acts = {h.path: h.operands.act for h in compress.hooks(load(artifact))}
+  assert acts['conv'].narrow_range
+  assert acts['conv'].bottom() == -acts['conv'].top()
+
+
+def test_a_level_more_below_zero_is_kept(saved):
+  acts = {h.path: h.operands.act for h in compress.hooks(load(saved))}
+  assert not acts['conv'].narrow_range
+  assert acts['conv'].bottom() == -1 - acts['conv'].top()
+  assert acts['head'].narrow_range
+  assert acts['head'].bottom() == 0
 
 
 @pytest.mark.parametrize(

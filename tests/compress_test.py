@@ -698,6 +698,11 @@ def test_a_rule_keeps_grids_narrow():
   }
   assert lowest.pop('conv1') == -1
   assert set(lowest.values()) == {-2}
+  inputs = {
+    path: int(operands.act.integers(jnp.float32(-1e6)))
+    for path, operands in operands_of(frozen).items()
+  }
+  assert inputs == {'conv1': -1, 'conv2': 0, 'head': -2}
 
 
 def squared_error(quantizer, clip, x):

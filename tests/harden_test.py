@@ -84,7 +84,8 @@ def test_inputs_are_on_their_grid(built):
     np.testing.assert_allclose(levels, np.round(levels), atol=1e-3)
     bits = built.plan.act_bits[path] - operands.act.signed
     assert np.round(levels).max() <= 2**bits - 1
-    assert np.round(levels).min() >= (1 - 2**bits) * operands.act.signed
+    lowest = -(2**bits) + operands.act.narrow_range
+    assert np.round(levels).min() >= lowest * operands.act.signed
 
 
 def test_count_of_the_arrays_is_what_was_planned(built):

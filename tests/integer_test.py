@@ -62,7 +62,10 @@ def hardened(layer, weight_bits, act_bits, *, signed, step=None, calls=1):
   step = np.float32(0.01) if step is None else step
   levels = 2 ** (act_bits - signed) - 1
   act = harden.FixedQuantizer(
-    jnp.float32(1 / levels), jnp.float32(1), signed=signed
+    jnp.float32(1 / levels),
+    jnp.float32(1),
+    signed=signed,
+    narrow_range=not signed or act_bits >= 8,
   )
   layer.kernel = layers.IntegerParam(jnp.asarray(kernel))
   layer.promote_dtype = nnx.data(
@@ -198,9 +201,11 @@ def expected(model, x):
   """NumPy's accumulators for a model of one layer."""
   layer, act = model.model.layer, model.model.layer.promote_dtype.act
   # A clip of 1 over a whole number of steps; no level of these is a tie.
-  low = -1 if act.signed else 0
-  levels = np.round(np.clip(x, low, 1) / float(act.step[...]))
-  levels = levels.astype(np.int64)
+  step = float(act.step[...])
+  low = 0
+  if act.signed:
+    low = -1 if act.narrow_range else -1 - step
+  levels = np.round(np.clip(x, low, 1) / step).astype(np.int64)
   kernel = np.asarray(layer.kernel[...], np.int64)
   if isinstance(layer, nnx.Conv):
     return windows(levels, layer)

@@ -93,6 +93,7 @@ def save(
     raise ValueError(f'{folder} cannot be written: {fault}')
   index = {
     'signed_inputs': contents.signed_inputs(model),
+    'uneven_inputs': contents.uneven_inputs(model),
     'reasons': {g.name: g.reason for g in model.structure.groups if g.reason},
     'plan': model.structure.plan.to_json(),
     'arrays': entries,

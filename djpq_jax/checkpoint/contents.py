@@ -83,6 +83,16 @@ def signed_inputs(model: harden.HardenedModel) -> dict[str, bool]:
   }
 
 
+def uneven_inputs(model: harden.HardenedModel) -> list[str]:
+  """Layers whose input has a level more below zero than above it."""
+  return [
+    hook.path
+    for hook in compress.hooks(model)
+    if isinstance(hook.operands.act, harden.FixedQuantizer)
+    and not hook.operands.act.narrow_range
+  ]
+
+
 def skeleton(manifest, dense) -> harden.HardenedModel:
   """The hardened model with shapes in place of arrays."""
   plan = compress.Plan.from_json(manifest['plan'])
@@ -101,6 +111,7 @@ def skeleton(manifest, dense) -> harden.HardenedModel:
     for g in graph.groups
   )
   quantized = set(manifest['signed_inputs'])
+  uneven = set(manifest.get('uneven_inputs', ()))
   settings = {
     p: compress.LayerSettings(quantize=p in quantized) for p in graph.layers
   }
@@ -116,7 +127,10 @@ def skeleton(manifest, dense) -> harden.HardenedModel:
     ),
     act=lambda path: (
       harden.FixedQuantizer(
-        empty, empty, signed=manifest['signed_inputs'][path]
+        empty,
+        empty,
+        signed=manifest['signed_inputs'][path],
+        narrow_range=path not in uneven,
       )
       if path in quantized
       else None

@@ -11,7 +11,8 @@ from djpq_jax.checkpoint import index
 from djpq_jax.checkpoint import program
 
 FORMAT = 'djpq_jax hardened model'
-VERSION = 4
+VERSION = 5
+OLDEST = 4  # that is still read; it has no uneven inputs
 # What is always there, and of which kind.
 PARTS: dict[str, Any] = {
   'model': dict,
@@ -65,7 +66,7 @@ def read(folder) -> dict[str, Any]:
       f'{folder} has format version {version}, this djpq_jax '
       f'reads up to {VERSION}; update djpq_jax'
     )
-  if version < VERSION:
+  if version < OLDEST:
     raise ArtifactError(
       f'{folder} has format version {version}, which this djpq_jax no longer '
       'reads; train it again, or take an older djpq_jax'

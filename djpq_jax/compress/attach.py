@@ -196,7 +196,11 @@ def _act_quantizer(settings, bits, clip, *, signed) -> layers.Quantizer:
   if signed:  # a sign and one magnitude need two bits
     bounds = (max(2, bounds[0]), max(2, bounds[1]))
   return layers.Quantizer(
-    clip, float(np.clip(bits, *bounds)), signed=signed, bounds=bounds
+    clip,
+    float(np.clip(bits, *bounds)),
+    signed=signed,
+    bounds=bounds,
+    narrow_range=settings.narrow_range,
   )
 
 

@@ -32,9 +32,10 @@ class Rule:
     exponent: whether the kernel's quantizer learns an exponent.  Default: no.
     per_channel: one weight grid per output channel instead of one per kernel,
       from the freeze on; while bits are searched a kernel has one.
-    narrow_range: whether the kernel's grid has as many levels below zero as
-      above it.  Default: no, it has one more below; grids that have eight bits
-      or more once they are fixed, or an exponent, have not.
+    narrow_range: whether the grids of the kernel and of a signed input have as
+      many levels below zero as above it.  Default: no, they have one more
+      below; grids that have eight bits or more once they are fixed, or an
+      exponent, have not.
   """
 
   pattern: str

@@ -29,14 +29,14 @@ def layer_input(t, eqn, values):
   x = values[0]
   if not isinstance(x, Tensor):
     x = t.full(x, eqn.invars[0].aval.shape)
-  if grid.levels > (INT8_LEVELS if grid.signed else UINT8_LEVELS):
+  if grid.highest > (INT8_LEVELS if grid.signed else UINT8_LEVELS):
     t.float_layers[layer] = f'its inputs have {grid.bits} bits'
     return _rounded(t, x, grid)
   # One type for all: ONNX Runtime fuses no layer from one type to another.
   shift = 128 if grid.signed else 0
   zero = np.array(shift, np.uint8)
-  low = shift - grid.levels if grid.signed else 0
-  high = shift + grid.levels
+  low = shift + grid.lowest
+  high = shift + grid.highest
   step = np.float32(grid.step)
   if t.form != 'qdq':
     # As the model does it; a quotient now and then rounds to another level.
@@ -63,8 +63,8 @@ def _node(t, layer, op, x, *constants):
 
 def _rounded(t, x, grid: program_lib.Grid):
   """The same arithmetic on floats, for more levels than eight bits have."""
-  high = np.float32(grid.levels)
-  low = np.float32(-grid.levels if grid.signed else 0)
+  high = np.float32(grid.highest)
+  low = np.float32(grid.lowest)
   step = np.float32(grid.step)
   scaled = t.add('Mul', [x, t.graph.constant(1 / step)], x.dims, x.order)
   whole = t.add('Round', [scaled], x.dims, x.order)

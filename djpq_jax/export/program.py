@@ -20,7 +20,6 @@ from djpq_jax import compress
 from djpq_jax import harden
 from djpq_jax import stablehlo
 from djpq_jax.integer import reproducible
-from djpq_jax.ops import quantize
 
 input_p = jex_core.Primitive('djpq_input')
 kernel_p = jex_core.Primitive('djpq_kernel')
@@ -65,18 +64,23 @@ class Grid:
 
   Attributes:
     step: spacing, in units of the input.
-    levels: the largest whole number.
-    signed: whether it goes down to -levels; else to 0.
+    lowest: whole number; 0 or less.
+    highest: whole number.
   """
 
   step: float
-  levels: int
-  signed: bool
+  lowest: int
+  highest: int
+
+  @property
+  def signed(self) -> bool:
+    """Whether it has levels below zero."""
+    return self.lowest < 0
 
   @property
   def bits(self) -> int:
-    """Bits of its largest level, and of a sign."""
-    return harden.bits_of(self.levels, signed=self.signed)
+    """Bits of its highest level, and of a sign."""
+    return harden.bits_of(self.highest, signed=self.signed)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -143,5 +147,4 @@ def _grid(act: harden.FixedQuantizer, path: str) -> Grid:
   step, clip = act.step[...], act.clip[...]
   if jnp.size(step) != 1 or jnp.size(clip) != 1:
     raise ValueError(f'the input of layer {path} has more than one grid')
-  levels = quantize.quantize_to_int(clip, step, clip, signed=act.signed)
-  return Grid(float(step.item()), int(levels.item()), act.signed)
+  return Grid(float(step.item()), act.bottom(), act.top())

@@ -94,8 +94,8 @@ def plan(
     execution: 'simulated', 'float' or 'int8'.
     kernel: its integers, [contracted..., out...].
     site: what is static about the product.
-    top: largest level of its input.
-    signed: whether the input goes down to -top; else to 0.
+    top: largest magnitude of a level of its input.
+    signed: whether its input has levels below zero.
 
   Returns:
     The plan.
