@@ -71,7 +71,8 @@ def _damped_loss(params, state, batch, key):
     step, clip, _ = jax.lax.stop_gradient(operands.weight.grid())
     kernel = layer.kernel[...]
     cell = jax.lax.stop_gradient(operands.weight(kernel))
-    distance = (jnp.clip(kernel, -clip, clip) - cell) / step
+    lowest = -clip if operands.weight.symmetric else -clip - step
+    distance = (jnp.clip(kernel, lowest, clip) - cell) / step
     total += DAMPING * state.step / _STEPS['finetune'] * jnp.sum(distance**2)
   return total, rest
 

@@ -47,7 +47,7 @@ class FixedQuantizer(nnx.Module):
     narrow_range: whether these are as many as above zero; else one more.
   """
 
-  def __init__(self, step, clip, *, signed: bool, narrow_range: bool = True):
+  def __init__(self, step, clip, *, signed: bool, narrow_range: bool):
     self.step = Constant(step)
     self.clip = Constant(clip)
     self.signed = signed
@@ -72,7 +72,8 @@ class FixedQuantizer(nnx.Module):
 
   def bottom(self) -> int:
     """The lowest level; 0 if none is below zero."""
-    return int(jnp.min(self.integers(-2 * self.clip[...])))
+    far = jnp.full_like(self.clip[...], -jnp.inf)
+    return int(jnp.min(self.integers(far)))
 
   def bits(self) -> int:
     """Bits that its largest level takes."""
@@ -95,7 +96,7 @@ class HardenedModel(compress.Compressed):
 
 
 def bits_of(largest: int, *, signed: bool) -> int:
-  """Whole bits for 0..largest, and -largest if signed; at least 1, or 2.
+  """Whole bits for 0..largest, or for -1 - largest..largest; at least 1, or 2.
 
   >>> [bits_of(n, signed=False) for n in (0, 7, 8)], bits_of(7, signed=True)
   ([1, 3, 4], 4)

@@ -341,6 +341,14 @@ def test_the_version_before_had_symmetric_inputs(artifact):
   assert acts['conv'].bottom() == -acts['conv'].top()
 
 
+def test_this_version_says_which_inputs_are_uneven(artifact):
+  said = index.read(artifact)
+  del said['uneven_inputs']
+  index.write(artifact, said)
+  edit(artifact)
+  refused(artifact, 'uneven_inputs')
+
+
 def test_a_level_more_below_zero_is_kept(saved):
   acts = {h.path: h.operands.act for h in compress.hooks(load(saved))}
   assert not acts['conv'].narrow_range

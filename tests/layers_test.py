@@ -333,6 +333,7 @@ def test_all_levels_learn_as_the_stop_gradient_oracle(fixed):
     dict(signed=False),
     dict(learn_exponent=True),
     dict(fixed=True, bits=8),
+    dict(bits=8, bounds=(8, 8)),
   ],
 )
 def test_some_grids_are_always_narrow(settings):

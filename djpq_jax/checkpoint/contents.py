@@ -89,6 +89,7 @@ def uneven_inputs(model: harden.HardenedModel) -> list[str]:
     hook.path
     for hook in compress.hooks(model)
     if isinstance(hook.operands.act, harden.FixedQuantizer)
+    and hook.operands.act.signed
     and not hook.operands.act.narrow_range
   ]
 
@@ -111,7 +112,7 @@ def skeleton(manifest, dense) -> harden.HardenedModel:
     for g in graph.groups
   )
   quantized = set(manifest['signed_inputs'])
-  uneven = set(manifest.get('uneven_inputs', ()))
+  uneven = set(manifest['uneven_inputs'] if manifest['version'] > 4 else ())
   settings = {
     p: compress.LayerSettings(quantize=p in quantized) for p in graph.layers
   }

@@ -12,7 +12,7 @@ from djpq_jax.checkpoint import program
 
 FORMAT = 'djpq_jax hardened model'
 VERSION = 5
-OLDEST = 4  # that is still read; it has no uneven inputs
+OLDEST = 4  # that is read: its signed inputs are all symmetric
 # What is always there, and of which kind.
 PARTS: dict[str, Any] = {
   'model': dict,

@@ -4,10 +4,10 @@ A sum of products is at most
 
     largest = max over outputs of  sum |w| * top
 
-with the kernel's own integers w and the largest level `top` of the input.
-int32 holds it below 2**31, float32 below 2**24.  What is larger is cut: into
-parts of the input channels whose sums are small enough, and operands that
-their carrier does not hold into digits of base 128.
+with the kernel's own integers w and the largest magnitude `top` of a level of
+the input.  int32 holds it below 2**31, float32 below 2**24.  What is larger is
+cut: into parts of the input channels whose sums are small enough, and operands
+that their carrier does not hold into digits of base 128.
 """
 
 import dataclasses
@@ -94,7 +94,7 @@ def plan(
     execution: 'simulated', 'float' or 'int8'.
     kernel: its integers, [contracted..., out...].
     site: what is static about the product.
-    top: largest magnitude of a level of its input.
+    top: the largest magnitude of a level of its input.
     signed: whether its input has levels below zero.
 
   Returns:

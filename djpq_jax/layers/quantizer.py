@@ -11,7 +11,7 @@ import numpy as np
 from djpq_jax.ops import quantize
 
 EXPONENT_RANGE = (0.5, 2.0)
-# From as many bits on a level more is nothing, and kernels of int8 want
+# From as many bits on a level more is nothing, and integers of int8 want
 # magnitudes below 128.
 NARROW_FROM = 8
 
@@ -84,7 +84,7 @@ class Quantizer(nnx.Module):
     narrow_range: whether a signed grid has as many levels below zero as above
       it, as the formula of `ops.quantize` says.  If not, it has one more below,
       which two's complement holds: of two bits -2, -1, 0, 1 [LSQ].  A grid
-      with an exponent, or with eight bits or more that are fixed, is symmetric
+      with an exponent, or with eight bits or more in any case, is symmetric
       in any case.
   """
 
@@ -150,7 +150,8 @@ class Quantizer(nnx.Module):
   @property
   def symmetric(self) -> bool:
     """Whether the grid has as many levels below zero as above, or none."""
-    wide = self.fixed_bits is not None and self.fixed_bits >= NARROW_FROM
+    least = self.bounds[0] if self.fixed_bits is None else self.fixed_bits
+    wide = least >= NARROW_FROM
     exponent = self.log_exponent is not None
     return self.narrow_range or not self.signed or exponent or wide
 
