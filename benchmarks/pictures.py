@@ -43,6 +43,10 @@ PICTURES: dict[str, tuple[list[str], dict[str, str]]] = {
       'uniform bits': r'W\dA\d',
     },
   ),
+  'mobilenet_v2_cifar10_pareto': (
+    ['mobilenet_v2_cifar10'],
+    {'DJPQ': r'DJPQ @.*', 'uniform bits': r'W\dA\d'},
+  ),
   'resnet20_cifar10_pareto': (
     ['resnet20_cifar10'],
     {

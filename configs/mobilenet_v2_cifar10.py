@@ -1,8 +1,10 @@
 r"""MobileNetV2 / CIFAR-10, small enough to be trained from scratch on a CPU.
 
 About a third of the width, and strides for images of 32 pixels.  Reproduced so
-far: nothing.  What was tried: a quarter of the width with maps of 4 x 4 pixels
-in most layers, which learned little in 10 epochs.
+far, with one seed: 76.49 % in float32, which is weak; 73.70 % at 1.015 % of the
+float32 BOPs, three bits everywhere 71.15 % at 1.015 %; 63.87 % at 0.499 %, two
+bits everywhere 54.91 % at 0.500 %.  The results are
+benchmarks/results/mobilenet_v2_cifar10.json.
 
 Command: djpq train --config configs/mobilenet_v2_cifar10.py \
              --set data.dir=DATA --workdir runs/mobilenet_v2
