@@ -84,7 +84,7 @@ class Quantizer(nnx.Module):
     narrow_range: whether a signed grid has as many levels below zero as above
       it, as the formula of `ops.quantize` says.  If not, it has one more below,
       which two's complement holds: of two bits -2, -1, 0, 1 [LSQ].  A grid
-      with an exponent, or with eight bits or more in any case, is symmetric
+      with an exponent, or that cannot have fewer than eight bits, is symmetric
       in any case.
   """
 
