@@ -13,7 +13,9 @@ changed a bit would change the run.  The teacher is not saved: it does not
 change, and whoever resumes has it.
 """
 
+import asyncio
 from collections.abc import Iterator
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -124,7 +126,8 @@ class Checkpoints:
       history=ocp.args.JsonRestore(),
     )
     try:
-      found = self._manager.restore(step, args=args)
+      with _reads_end():
+        found = self._manager.restore(step, args=args)
     except Exception as error:  # of many kinds, for what may be on a disk
       text = str(error).strip().partition('\n')[0]
       text = text.partition('See full TensorStore')[0].strip()
@@ -186,6 +189,37 @@ def _is_committed(found: ocp.path.step.Metadata) -> bool:
   # Asked for first, since orbax warns about every file that it does not find.
   there = (found.path / '_CHECKPOINT_METADATA').exists()
   return there and found.commit_timestamp_nsecs is not None
+
+
+@contextlib.contextmanager
+def _reads_end():
+  """Where one read of orbax fails, the others end before that is seen.
+
+  Orbax closes its event loop while they wait.  What they have read then finds
+  no loop, and what waits turns its own end into an error: pages on stderr,
+  after the one sentence that says what happened.
+  """
+  whole = asyncio.new_event_loop
+  asyncio.new_event_loop = _EventLoop
+  try:
+    yield
+  finally:
+    asyncio.new_event_loop = whole
+
+
+class _EventLoop(asyncio.SelectorEventLoop):
+  """One that waits for all its tasks when it is closed."""
+
+  def close(self) -> None:
+    """Waits, then closes."""
+    waiting = asyncio.all_tasks(self)
+    if waiting:  # not cancelled: TensorStore would still answer to the loop
+      self.run_until_complete(_ended(waiting))
+    super().close()
+
+
+async def _ended(tasks) -> None:
+  await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _accuracy(metrics) -> float:
