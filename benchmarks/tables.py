@@ -200,7 +200,7 @@ def text(name: str) -> str:
     'inference': tables_speed.inference,
     'inference_resnet18': lambda: tables_speed.inference('inference_resnet18'),
     'step_cost': tables_speed.step_cost,
-    'huge_pages': tables_speed.huge_pages,
+    'step_memory': tables_speed.step_memory,
     'step_profile': tables_speed.step_profile,
     'vectorised_search': tables_speed.vectorised_search,
     'devices': tables_speed.devices,

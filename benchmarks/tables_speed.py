@@ -1,6 +1,9 @@
 """The tables of time, memory and size; see tables.py."""
 
+import collections
+
 import compare
+import numpy as np
 import result_files
 
 
@@ -77,25 +80,27 @@ def step_cost() -> str:
   return compare.markdown(head, rows) + result_files.made(found)
 
 
-def huge_pages() -> str:
-  """Milliseconds of steps with memory in small pages and in huge ones."""
-  found = result_files.read('huge_pages')
+# What tells glibc so, in a command.
+TUNABLES = {'huge pages': 'hugetlb=1', 'kept': 'arena_max=1'}
+
+
+def step_memory() -> str:
+  """Milliseconds of steps by what glibc does with memory that is freed."""
+  found = result_files.read('step_memory')
   phases = ('float', 'search', 'finetune')
+  times = collections.defaultdict(list)
+  for run in found['runs']:
+    command = run['environment']['command']
+    said = [w for w, at in TUNABLES.items() if at in command]
+    setting = run['model'], run['batch'], ', '.join(said) or 'as it is'
+    times[*setting, run['phase']].append(1e3 * run['step_seconds'])
   rows = []
-  for model, batch in dict.fromkeys(
-    (r['model'], r['batch']) for r in found['runs']
-  ):
-    cells = [model, str(batch)]
-    for phase in phases:
-      both: tuple[list[float], list[float]] = ([], [])
-      for run in found['runs']:
-        if (run['model'], run['batch'], run['phase']) == (model, batch, phase):
-          told = 'hugetlb=1' in run['environment']['command']
-          both[told].append(1e3 * run['step_seconds'])
-      small, huge = (sum(times) / len(times) for times in both)
-      cells.append(f'{small:.0f} / {huge:.0f} ms ({huge / small - 1:+.0%})')
-    rows.append(cells)
-  head = ' | '.join(['model | batch', *phases])
+  for *setting, _ in times:
+    row = [str(s) for s in setting]
+    row += [f'{np.mean(times[*setting, phase]):.0f} ms' for phase in phases]
+    if row not in rows:
+      rows.append(row)
+  head = ' | '.join(['model | batch | memory', *phases])
   return compare.markdown(head, rows) + result_files.made(found)
 
 
