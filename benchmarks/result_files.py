@@ -51,8 +51,15 @@ def made(found: dict) -> str:
 
 
 def commit() -> str:
-  """The state of the code."""
-  git = ['git', 'describe', '--always', '--dirty', '--exclude=*']
+  """The state of the code, of which files of results are no part."""
+  name = _git('describe', '--always', '--exclude=*')
+  but_results = ':(top)', ':(top,exclude)benchmarks/results'
+  changed = _git('status', '--porcelain', '-uno', '--', *but_results)
+  return f'{name}-dirty' if changed else name
+
+
+def _git(*args: str) -> str:
+  git = ['git', *args]
   done = subprocess.run(git, capture_output=True, text=True, check=False)
   return done.stdout.strip()
 

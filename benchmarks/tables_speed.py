@@ -95,11 +95,10 @@ def step_memory() -> str:
     setting = run['model'], run['batch'], ', '.join(said) or 'as it is'
     times[*setting, run['phase']].append(1e3 * run['step_seconds'])
   rows = []
-  for *setting, _ in times:
+  for setting in dict.fromkeys(key[:-1] for key in times):
     row = [str(s) for s in setting]
     row += [f'{np.mean(times[*setting, phase]):.0f} ms' for phase in phases]
-    if row not in rows:
-      rows.append(row)
+    rows.append(row)
   head = ' | '.join(['model | batch | memory', *phases])
   return compare.markdown(head, rows) + result_files.made(found)
 

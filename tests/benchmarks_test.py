@@ -5,6 +5,7 @@ import importlib
 import itertools
 import json
 import pathlib
+import subprocess
 import sys
 
 import jax
@@ -97,6 +98,28 @@ def test_files_tell_all_commands_that_added_to_them(command, monkeypatch):
   )
   assert second.startswith('python compare --config ')
   assert "W8A8 'DJPQ one schedule @5.000%' --out " in second
+
+
+def test_the_commit_of_a_run_is_that_of_its_code(tmp_path, monkeypatch):
+  """Another run's figures, written meanwhile, change nothing."""
+  monkeypatch.chdir(tmp_path)
+  result_files = importlib.import_module('result_files')
+  git = ['git', '-c', 'user.name=n', '-c', 'user.email=n@example.org']
+  code = pathlib.Path('code.py')
+  results = pathlib.Path('benchmarks/results')
+  results.mkdir(parents=True)
+  for path in (code, results / 'a.json'):
+    path.touch()
+  for args in (['init', '-q'], ['add', '.'], ['commit', '-q', '-m', 'all']):
+    subprocess.run([*git, *args], check=True)
+  clean = result_files.commit()
+  assert len(clean) >= 7
+  (results / 'a.json').write_text('{}')
+  assert result_files.commit() == clean
+  code.write_text('1')
+  assert result_files.commit() == f'{clean}-dirty'
+  monkeypatch.chdir(results)
+  assert result_files.commit() == f'{clean}-dirty'
 
 
 def test_variants_are_compared_on_the_same_folds(command):
