@@ -67,7 +67,7 @@ def comparison(name: str) -> str:
 HEADLINES = {
   'digits': 'digits',
   'ResNet-20, CIFAR-10, 5 epochs': 'resnet20_cifar10_5_epochs',
-  'earlier version, 10 epochs': 'resnet20_cifar10_10_epochs',
+  'ResNet-20, 10 epochs, earlier version': 'resnet20_cifar10_10_epochs',
   'MobileNetV2, CIFAR-10, 5 epochs': 'mobilenet_v2_cifar10',
 }
 
