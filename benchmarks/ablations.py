@@ -35,7 +35,7 @@ def _steps_alone(self, *, restricted: bool = True):
     return self.fixed_bits
   step, clip, exponent = self.grid(restricted=restricted)
   clip = jax.lax.stop_gradient(clip)
-  return jnp.max(quantize.bit_width(step, clip, exponent, signed=self.signed))
+  return jnp.max(quantize.bit_width(step, clip, exponent, **self.extent))
 
 
 def _clips_alone(self, *, restricted: bool = True):
@@ -44,7 +44,7 @@ def _clips_alone(self, *, restricted: bool = True):
     return self.fixed_bits
   step, clip, exponent = self.grid(restricted=restricted)
   step = jax.lax.stop_gradient(step)
-  return jnp.max(quantize.bit_width(step, clip, exponent, signed=self.signed))
+  return jnp.max(quantize.bit_width(step, clip, exponent, **self.extent))
 
 
 def _means(found, key, batch: int):

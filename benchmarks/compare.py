@@ -54,6 +54,7 @@ RULES = {
   'per channel': {'per_channel': True},
   'exponents': {'exponent': True},
   'narrow range': {'narrow_range': True},
+  'signed inputs': {'asymmetric': False},
   'bits only': {'prune': False},
   'channels only': {'weight_bits': (8, 8), 'act_bits': (8, 8)},
   'align 4': {'align': 4},
@@ -78,7 +79,8 @@ def contestants(base, budgets, shares=()):
 
   rows = dict(CONTROLS)
   for name, control in CONTROLS.items():
-    rows[f'{name} per channel'] = control | ruled(RULES['per channel'])
+    for variant in ('per channel', 'signed inputs'):
+      rows[f'{name} {variant}'] = control | ruled(RULES[variant])
   methods = {
     'DJPQ': {},
     'DJPQ rates x 10': _rates(base, 10.0),

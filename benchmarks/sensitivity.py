@@ -64,6 +64,7 @@ def divergences(
         signed=old.signed,
         bounds=(1 + old.signed, 16),
         narrow_range=old.narrow_range,
+        below=old.below,
       )
       grids[kind, path] = operands, grid
       setattr(operands, kind, nnx.data(grid))

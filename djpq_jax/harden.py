@@ -9,7 +9,6 @@ sums.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 from flax import nnx
@@ -45,13 +44,24 @@ class FixedQuantizer(nnx.Module):
     clip: the largest value.
     signed: whether the grid has levels below zero.
     narrow_range: whether these are as many as above zero; else one more.
+    below: levels below zero over levels above it, or None for what
+      `narrow_range` says.
   """
 
-  def __init__(self, step, clip, *, signed: bool, narrow_range: bool):
+  def __init__(
+    self,
+    step,
+    clip,
+    *,
+    signed: bool,
+    narrow_range: bool,
+    below: float | None = None,
+  ):
     self.step = Constant(step)
     self.clip = Constant(clip)
     self.signed = signed
     self.narrow_range = narrow_range
+    self.below = below
 
   def __call__(self, x):
     """Float array -> multiples of the step, same shape and dtype."""
@@ -64,7 +74,11 @@ class FixedQuantizer(nnx.Module):
     )
 
   def _sides(self):
-    return {'signed': self.signed, 'narrow_range': self.narrow_range}
+    return {
+      'signed': self.signed,
+      'narrow_range': self.narrow_range,
+      'below': self.below,
+    }
 
   def top(self) -> int:
     """The largest level."""
@@ -76,8 +90,8 @@ class FixedQuantizer(nnx.Module):
     return int(jnp.min(self.integers(far)))
 
   def bits(self) -> int:
-    """Bits that its largest level takes."""
-    return bits_of(self.top(), signed=self.signed)
+    """Bits that its levels take."""
+    return bits_between(self.bottom(), self.top())
 
 
 class Scales(nnx.Module):
@@ -95,13 +109,15 @@ class HardenedModel(compress.Compressed):
   """A smaller model of integers; called like the model it came from."""
 
 
-def bits_of(largest: int, *, signed: bool) -> int:
-  """Whole bits for 0..largest, or for -1 - largest..largest; at least 1, or 2.
+def bits_between(lowest: int, highest: int) -> int:
+  """Whole bits of as many levels as there are from one to the other.
 
-  >>> [bits_of(n, signed=False) for n in (0, 7, 8)], bits_of(7, signed=True)
+  >>> [bits_between(0, n) for n in (0, 7, 8)], bits_between(-7, 7)
   ([1, 3, 4], 4)
+  >>> bits_between(-1, 2), bits_between(-2, 1)
+  (2, 2)
   """
-  return max(1, math.ceil(math.log2(largest + 1))) + int(signed)
+  return max(1, (highest - lowest).bit_length())
 
 
 def kernel_bits(integers) -> int:
@@ -111,7 +127,8 @@ def kernel_bits(integers) -> int:
   (2, 3)
   """
   integers = np.asarray(integers, np.int64)
-  return bits_of(int(max(integers.max(), -1 - integers.min())), signed=True)
+  largest = int(max(integers.max(), -1 - integers.min()))
+  return max(2, bits_between(-1 - largest, largest))
 
 
 def harden(model: compress.Compressed) -> HardenedModel:
@@ -160,9 +177,7 @@ def _settle(hook: compress.Hook):
   hook.layer.kernel = layers.IntegerParam(integers.astype(dtype))
   hook.operands.weight = nnx.data(Dequantizer(weight.grid()[0]))
   step, clip, _ = act.grid()
-  hook.operands.act = nnx.data(
-    FixedQuantizer(step, clip, signed=act.signed, narrow_range=act.symmetric)
-  )
+  hook.operands.act = nnx.data(FixedQuantizer(step, clip, **act.sides))
 
 
 def _settle_norm(norm: nnx.BatchNorm) -> None:

@@ -15,7 +15,7 @@ from djpq_jax.report import record
 
 CONFIG = 'config.json'
 # What versions did that had no field for it, where the default is another.
-BEFORE = {'search': {'bits': 8.0}, 'narrow_range': True}
+BEFORE = {'search': {'bits': 8.0}, 'narrow_range': True, 'asymmetric': False}
 
 
 class Workdir:

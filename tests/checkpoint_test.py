@@ -327,7 +327,7 @@ def test_older_version(artifact, version):
 
 def test_newer_version(artifact):
   edit(artifact, version=manifest_lib.VERSION + 1)
-  refused(artifact, 'has format version 6, .* reads up to 5; update djpq_jax')
+  refused(artifact, 'has format version 7, .* reads up to 6; update djpq_jax')
 
 
 def test_the_version_before_had_symmetric_inputs(artifact):
@@ -355,6 +355,39 @@ def test_a_level_more_below_zero_is_kept(saved):
   assert acts['conv'].bottom() == -1 - acts['conv'].top()
   assert acts['head'].narrow_range
   assert acts['head'].bottom() == 0
+
+
+class Gelu(tiny.Normed):
+  """Inputs of the linear layer are mostly positive."""
+
+  def __call__(self, x):
+    x = nnx.gelu(self.bn(self.conv(x)))
+    return self.head(x.reshape(x.shape[0], -1))
+
+
+def test_few_levels_below_zero_are_kept(tmp_path):
+  net = tiny.compressed(Gelu)
+  frozen = compress.freeze(net, tiny.some_plan(net), tiny.batch(64)['image'])
+  model = harden.harden(frozen)
+  save(tmp_path / 'artifact', model)
+  found = load(tmp_path / 'artifact', Gelu)
+  before, after = (
+    {h.path: h.operands.act for h in compress.hooks(m)} for m in (model, found)
+  )
+  assert before['head'].below == after['head'].below
+  assert -1 >= after['head'].bottom() > -after['head'].top() / 2
+  assert after['conv'].below is None
+  split = tiny.split(40)
+  np.testing.assert_array_equal(
+    evaluation.predictions(found, split), evaluation.predictions(model, split)
+  )
+  # A version before had no such grids, and does not read these.
+  said = index.read(tmp_path / 'artifact')
+  del said['asymmetric_inputs']
+  index.write(tmp_path / 'artifact', said)
+  edit(tmp_path / 'artifact')
+  with pytest.raises(checkpoint.ArtifactError, match='asymmetric_inputs'):
+    load(tmp_path / 'artifact', Gelu)
 
 
 @pytest.mark.parametrize(

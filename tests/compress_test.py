@@ -16,6 +16,7 @@ import surgery_test
 from djpq_jax import compress
 from djpq_jax import cost
 from djpq_jax import graph
+from djpq_jax import harden
 from djpq_jax import layers
 from djpq_jax.models import cnn
 
@@ -680,8 +681,8 @@ def test_the_clip_counts_the_level_below():
   x = np.where(x < 0, 2 * x, x).astype(np.float32)
   start = np.float32(np.abs(x).max())
   both = [
-    float(compress.clips.of_least_error(start, 1.0, [x], symmetric=symmetric))
-    for symmetric in (True, False)
+    float(compress.clips.of_least_error(start, 1.0, below, [x]))
+    for below in (1.0, 2.0)
   ]
   assert both[1] < 0.8 * both[0]
 
@@ -712,6 +713,105 @@ def squared_error(quantizer, clip, x):
   if quantizer.signed:
     low = -top if quantizer.symmetric else -top - 1
   return np.square(step * np.clip(np.round(x / step), low, top) - x).sum()
+
+
+def mostly_positive(*rules, bits=8.0):
+  """A compressed network with gelu, and its batch."""
+  make = lambda: cnn.DigitsCNN(
+    channels=(4, 4, 6, 6), activation='gelu', rngs=nnx.Rngs(0)
+  )
+  model = surgery_test.fill(nnx.eval_shape(make))
+  for _, module in nnx.iter_modules(model):
+    if isinstance(module, nnx.BatchNorm):
+      module.scale[...] = jnp.full(module.scale.shape, 3.0)
+  rng = np.random.default_rng(1)
+  x = jnp.asarray(rng.normal(size=(8, 8, 8, 1)), jnp.float32)
+  return compress.compress(model, rules, x, bits=bits), x
+
+
+@standard_promotion
+@pytest.mark.parametrize('bits', [2, 3, 6])
+def test_inputs_that_are_mostly_positive_have_few_levels_below_zero(bits):
+  net, x = mostly_positive(bits=4.0)
+  found = operands_of(net)
+  assert found.pop('block1/conv').act.symmetric  # of eight bits
+  (inputs,) = compress.inputs_of(net, x)['block2/conv']
+  reach = -inputs.min() / inputs.max()
+  below = found['block2/conv'].act.below
+  assert below == pytest.approx(float(reach), rel=0.1)
+  for operands in found.values():
+    assert 0 <= operands.act.below < 0.5
+    assert float(operands.act.bits()) == pytest.approx(4)
+  frozen = compress.freeze(net, plan_for(net, {}, bits), x)
+  hardened = harden.harden(frozen)
+  rows = {row.name: row for row in harden.count(hardened, x)}
+  kept = operands_of(hardened)
+  for path, operands in operands_of(frozen).items():
+    act, fixed = operands.act, kept[path].act
+    far = jnp.asarray([-np.inf, np.inf])
+    lowest, highest = act.integers(far).tolist()
+    assert highest - lowest == 2**bits - 1
+    assert rows[path].act_bits == bits
+    assert (fixed.bottom(), fixed.top()) == (lowest, highest)
+    np.testing.assert_array_equal(fixed(inputs), act(inputs))
+    if path in found:
+      assert -lowest < highest
+
+
+@standard_promotion
+@pytest.mark.parametrize('bits', [2, 3, 5])
+def test_the_levels_below_zero_have_the_least_squared_error(bits):
+  net, x = mostly_positive(bits=4.0)
+  frozen = compress.freeze(net, plan_for(net, {}, bits), x)
+
+  def error(n, below, clip):
+    step = clip / (2**bits - 1 - below)
+    n = np.asarray(n, np.float64)
+    levels = np.clip(np.round(n / step), -below, 2**bits - 1 - below)
+    return np.square(step * levels - n).sum()
+
+  path = 'block2/conv'
+  act = operands_of(frozen)[path].act
+  (inputs,) = compress.inputs_of(net, x)[path]
+  clip = float(jnp.exp(act.log_clip[...]))
+  below = round(act.below * (2**bits - 1) / (1 + act.below))
+  best = min(
+    error(inputs, n, c)
+    for n in range(2 ** (bits - 1) + 1)
+    for c in np.linspace(0.1, 1.2, 200) * np.abs(inputs).max()
+  )
+  assert error(inputs, below, clip) <= 1.05 * best
+
+
+@standard_promotion
+@pytest.mark.parametrize(
+  'settings',
+  [
+    dict(asymmetric=False),
+    dict(narrow_range=True),
+    dict(act_bits=(8, 8)),
+  ],
+)
+def test_inputs_whose_grids_are_as_if_they_reached_as_far(settings):
+  net, x = mostly_positive(compress.Rule(pattern='*', **settings))
+  bits = settings.get('act_bits', (4, 4))[0]
+  frozen = compress.freeze(net, plan_for(net, {}, bits), x)
+  even = set(settings) & {'narrow_range', 'act_bits'}
+  for model in (net, frozen):
+    for operands in operands_of(model).values():
+      assert operands.act.sides['below'] is None
+      lowest, highest = operands.act.integers(
+        jnp.asarray([-np.inf, np.inf])
+      ).tolist()
+      assert -lowest == highest + (not even and not operands.act.symmetric)
+
+
+@standard_promotion
+def test_inputs_that_reach_far_below_zero_keep_their_levels():
+  net = built('chain').compress(bits=4.0)
+  head = operands_of(net)['head'].act
+  assert head.signed
+  assert head.below is None
 
 
 @standard_promotion

@@ -265,12 +265,14 @@ def test_what_is_not_finite_is_named(path, bad):
 
 @pytest.mark.parametrize(
   ('largest', 'unsigned', 'signed'),
-  [(0, 1, 2), (1, 1, 2), (2, 2, 3), (3, 2, 3), (4, 3, 4), (127, 7, 8)]
+  [(1, 1, 2), (2, 2, 3), (3, 2, 3), (4, 3, 4), (127, 7, 8)]
   + [(128, 8, 9), (255, 8, 9), (32767, 15, 16)],
 )
-def test_bits_of(largest, unsigned, signed):
-  assert harden.bits_of(largest, signed=False) == unsigned
-  assert harden.bits_of(largest, signed=True) == signed
+def test_bits_between(largest, unsigned, signed):
+  assert harden.bits_between(0, largest) == unsigned
+  assert harden.bits_between(-largest, largest) == signed
+  assert harden.bits_between(-largest - 1, largest) == signed
+  assert harden.bits_between(-1, largest - 1) == unsigned
 
 
 def test_reports_are_plain_numbers():

@@ -51,8 +51,13 @@ class Single(nnx.Module):
     return sum(self.layer(x * 0.5**i) for i in range(self.calls))
 
 
-def hardened(layer, weight_bits, act_bits, *, signed, step=None, calls=1):
-  """A hardened model of one layer with random integers of all sizes."""
+def hardened(
+  layer, weight_bits, act_bits, *, signed, step=None, calls=1, below=None
+):
+  """A hardened model of one layer with random integers of all sizes.
+
+  `below` is how many levels its input has below zero, if any number.
+  """
   rng = np.random.default_rng(weight_bits + 100 * act_bits)
   top = 2 ** (weight_bits - 1) - 1
   dtype = np.int8 if weight_bits <= 8 else np.int16
@@ -61,11 +66,15 @@ def hardened(layer, weight_bits, act_bits, *, signed, step=None, calls=1):
   kernel.flat[:2] = top, lowest
   step = np.float32(0.01) if step is None else step
   levels = 2 ** (act_bits - signed) - 1
+  if below is not None:
+    levels = 2**act_bits - 1 - below
+    below /= levels
   act = harden.FixedQuantizer(
     jnp.float32(1 / levels),
     jnp.float32(1),
     signed=signed,
     narrow_range=not signed or act_bits >= 8,
+    below=below,
   )
   layer.kernel = layers.IntegerParam(jnp.asarray(kernel))
   layer.promote_dtype = nnx.data(
@@ -205,6 +214,7 @@ def expected(model, x):
   low = 0
   if act.signed:
     low = -1 if act.narrow_range else -1 - step
+    low = low if act.below is None else -act.below
   levels = np.round(np.clip(x, low, 1) / step).astype(np.int64)
   kernel = np.asarray(layer.kernel[...], np.int64)
   if isinstance(layer, nnx.Conv):
@@ -276,6 +286,26 @@ def test_bits(signed):
     for taps in sums[3 * i : 3 * i + 3]:
       (found,) = taps['layer']
       np.testing.assert_array_equal(found, expected(model, x))
+
+
+@pytest.mark.parametrize('below', [0, 1, 5])
+def test_inputs_with_few_levels_below_zero(below):
+  depthwise = conv(6, 6, feature_group_count=6)
+  for weight_bits, bits, layer, shape in [
+    (4, 3, conv(5, 7), (2, 5, 5, 5)),
+    (8, 7, depthwise, (2, 5, 5, 6)),
+    (8, 7, linear(9, 5), (2, 9)),
+  ]:
+    model = hardened(layer, weight_bits, bits, signed=True, below=below)
+    act = model.model.layer.promote_dtype.act
+    assert (act.bottom(), act.top()) == (-below, 2**bits - 1 - below)
+    assert act.bits() == bits
+    x = images(*shape)
+    sums, outputs = run(lowered(model), x)
+    for taps, out in zip(sums, outputs):
+      (found,) = taps['layer']
+      np.testing.assert_array_equal(found, expected(model, x))
+      np.testing.assert_array_equal(out, outputs[0])
 
 
 def test_steps_per_channel():

@@ -327,6 +327,42 @@ def test_all_levels_learn_as_the_stop_gradient_oracle(fixed):
     np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('fixed', [False, True])
+@pytest.mark.parametrize(('bits', 'count'), [(2, 0), (2, 1), (3, 1), (7, 20)])
+def test_a_grid_with_few_levels_below_zero(bits, count, fixed):
+  top = 2**bits - 1 - count
+  q = _quantizer(1.5, bits, fixed=fixed, below=count / top)
+  x = jnp.linspace(-3, 3, 2000)
+  levels = np.arange(-count, top + 1)
+  np.testing.assert_array_equal(np.unique(q.integers(x)), levels)
+  step = float(q.grid()[0])
+  np.testing.assert_allclose(q(x), step * np.asarray(q.integers(x)), rtol=1e-6)
+  assert float(q.bits()) == pytest.approx(bits)
+  np.testing.assert_allclose(q.levels(bits), (top, count), rtol=1e-6)
+  assert not q.symmetric
+
+
+@pytest.mark.parametrize('fixed', [False, True])
+def test_few_levels_below_zero_learn_as_the_stop_gradient_oracle(fixed):
+  x, weights = 2 * _normal(300), _normal(300, seed=1)
+  q = _quantizer(0.9, 3, fixed=fixed, below=0.4)
+
+  def oracle(log_clip, log_step=None):
+    clip = jnp.exp(log_clip)
+    step = clip / 5 if log_step is None else jnp.exp(log_step)
+    u = jnp.clip(x, -0.4 * clip, clip) / step
+    rounded = u + jax.lax.stop_gradient(jnp.round(u) - u)
+    return jnp.sum(weights * step * rounded)
+
+  got = _grad(lambda q: jnp.sum(weights * q(x)), q)
+  _, pure = _split(q)
+  want = jax.jit(jax.grad(lambda pure: oracle(**pure)))(pure)
+  assert set(got) == set(want)
+  for name, value in want.items():
+    np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('below', [None, 0.25])
 @pytest.mark.parametrize(
   'settings',
   [
@@ -336,8 +372,9 @@ def test_all_levels_learn_as_the_stop_gradient_oracle(fixed):
     dict(bits=8, bounds=(8, 8)),
   ],
 )
-def test_some_grids_are_always_narrow(settings):
-  q = _quantizer(1.5, **({'bits': 4} | settings), narrow_range=False)
+def test_some_grids_are_always_narrow(settings, below):
+  settings = {'bits': 4} | settings | {'below': below}
+  q = _quantizer(1.5, **settings, narrow_range=False)
   levels = np.asarray(q.integers(jnp.linspace(-9, 9, 1000)))
   lowest = -levels.max() if q.signed else 0
   assert levels.min() == lowest

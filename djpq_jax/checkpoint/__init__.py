@@ -94,6 +94,7 @@ def save(
   index = {
     'signed_inputs': contents.signed_inputs(model),
     'uneven_inputs': contents.uneven_inputs(model),
+    'asymmetric_inputs': contents.asymmetric_inputs(model),
     'reasons': {g.name: g.reason for g in model.structure.groups if g.reason},
     'plan': model.structure.plan.to_json(),
     'arrays': entries,

@@ -94,6 +94,16 @@ def uneven_inputs(model: harden.HardenedModel) -> list[str]:
   ]
 
 
+def asymmetric_inputs(model: harden.HardenedModel) -> dict[str, float]:
+  """Layers whose input has levels below zero as `FixedQuantizer.below` says."""
+  return {
+    hook.path: hook.operands.act.below
+    for hook in compress.hooks(model)
+    if isinstance(hook.operands.act, harden.FixedQuantizer)
+    and hook.operands.act.below is not None
+  }
+
+
 def skeleton(manifest, dense) -> harden.HardenedModel:
   """The hardened model with shapes in place of arrays."""
   plan = compress.Plan.from_json(manifest['plan'])
@@ -113,6 +123,7 @@ def skeleton(manifest, dense) -> harden.HardenedModel:
   )
   quantized = set(manifest['signed_inputs'])
   uneven = set(manifest['uneven_inputs'] if manifest['version'] > 4 else ())
+  below = manifest['asymmetric_inputs'] if manifest['version'] > 5 else {}
   settings = {
     p: compress.LayerSettings(quantize=p in quantized) for p in graph.layers
   }
@@ -132,6 +143,7 @@ def skeleton(manifest, dense) -> harden.HardenedModel:
         empty,
         signed=manifest['signed_inputs'][path],
         narrow_range=path not in uneven,
+        below=below.get(path),
       )
       if path in quantized
       else None

@@ -11,7 +11,7 @@ from djpq_jax.checkpoint import index
 from djpq_jax.checkpoint import program
 
 FORMAT = 'djpq_jax hardened model'
-VERSION = 5
+VERSION = 6
 OLDEST = 4  # that is read: its signed inputs are all symmetric
 # What is always there, and of which kind.
 PARTS: dict[str, Any] = {

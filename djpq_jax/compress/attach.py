@@ -13,6 +13,7 @@ from djpq_jax.compress import structure as structure_lib
 from djpq_jax.compress import wrapped
 
 CLIP_PERCENTILE = 99.99
+ONE_SIDED = 0.5  # reach below zero over reach above it
 
 
 def compress(
@@ -170,7 +171,7 @@ def at_bits(
   _, found, exponent = quantizer.grid()
   clip = np.asarray(found if clip is None else clip)
 
-  def made(clip) -> layers.Quantizer:
+  def made(clip, below) -> layers.Quantizer:
     return layers.Quantizer(
       clip,
       bits,
@@ -181,17 +182,22 @@ def at_bits(
       exponent=exponent,
       choices=() if fixed else quantizer.choices,
       narrow_range=quantizer.narrow_range,
+      below=below,
     )
 
-  if quantizer.log_exponent is None:  # else the grid is no copy of the tensor
-    levels = 2.0 ** (bits - quantizer.signed) - 1
-    clip = clips.of_least_error(
-      clip, levels, tensors, symmetric=made(clip).symmetric
-    )
-  return made(clip)
+  grid = made(clip, quantizer.below)
+  below = grid.sides['below']
+  if grid.log_exponent is not None:  # it is no copy of the tensor
+    return grid
+  if fixed and below is not None:  # whole levels below zero, too
+    return made(*clips.asymmetric(clip, below, round(bits), tensors))
+  found = clips.of_least_error(clip, *grid.levels(bits), tensors)
+  return made(found, quantizer.below)
 
 
-def _act_quantizer(settings, bits, clip, *, signed) -> layers.Quantizer:
+def _act_quantizer(
+  settings, bits, clip, *, signed, below: float | None = None
+) -> layers.Quantizer:
   bounds = settings.act_bits
   if signed:  # a sign and one magnitude need two bits
     bounds = (max(2, bounds[0]), max(2, bounds[1]))
@@ -201,6 +207,7 @@ def _act_quantizer(settings, bits, clip, *, signed) -> layers.Quantizer:
     signed=signed,
     bounds=bounds,
     narrow_range=settings.narrow_range,
+    below=below,
   )
 
 
@@ -260,5 +267,9 @@ def calibrate(
     clip = np.percentile(np.abs(x), percentile) or np.abs(x).max() or 1.0
     settings = model.structure.layers[path]
     signed = bool(x.min() < 0)
-    act = _act_quantizer(settings, bits[path], clip, signed=signed)
+    below = None
+    if signed and settings.asymmetric and not settings.narrow_range:
+      reach = max(0.0, -np.percentile(x, 100 - percentile))
+      below = reach / clip if reach < ONE_SIDED * clip else None
+    act = _act_quantizer(settings, bits[path], clip, signed=signed, below=below)
     operands.act = nnx.data(act)

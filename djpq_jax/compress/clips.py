@@ -19,37 +19,68 @@ def of_kernel(kernel, out_axis: int | None = None):
 
 
 def of_least_error(
-  clip: np.ndarray,
-  levels: float,
-  tensors: Sequence[Any],
-  *,
-  symmetric: bool = True,
+  clip: np.ndarray, levels: float, below: float, tensors: Sequence[Any]
 ) -> np.ndarray:
   """The multiple of a clip with the least squared error, for each grid.
 
   Args:
     clip: largest magnitudes, a scalar or one for each output channel.
-    levels: whole steps from zero to the clip.
+    levels: steps from zero to the clip.
+    below: steps from zero to the lowest level.
     tensors: what is quantized, of any shapes.
-    symmetric: if not, there is one step more below zero.
 
   Returns:
     Clips, of the shape of `clip`.
   """
+  best, _ = _search(clip, levels, below, _columns(clip, tensors))
+  return best.reshape(clip.shape)
+
+
+def asymmetric(
+  clip: np.ndarray, below: float, bits: int, tensors: Sequence[Any]
+) -> tuple[np.ndarray, float]:
+  """The grid of whole levels with the least squared error.
+
+  Args:
+    clip: largest magnitude, a scalar.
+    below: how far the values reach below zero, over the clip.
+    bits: of the grid.
+    tensors: what is quantized, of any shapes.
+
+  Returns:
+    (clip, levels below zero over levels above it).
+  """
+  x = _columns(clip, tensors)
+  others = 2**bits - 1  # levels but zero
+  likely = round(others * below / (1 + below))
+  found = []
+  for count in {0, *range(likely - 2, likely + 3)}:
+    if 0 <= count <= 2 ** (bits - 1):
+      best, least = _search(clip, others - count, count, x)
+      found.append((least.item(), count, best.reshape(clip.shape)))
+  _, count, best = min(found, key=lambda f: f[:2])
+  return best, count / (others - count)
+
+
+def _columns(clip: np.ndarray, tensors: Sequence[Any]) -> np.ndarray:
+  """Values, [values, grids] or [values, 1]."""
   if clip.ndim:  # one grid per output channel: one column each
     axis = clip.shape.index(clip.size)
     x = np.moveaxis(np.asarray(tensors[0], np.float32), axis, -1)
-    x = x.reshape(-1, clip.size)
-  else:
-    x = np.concatenate([np.ravel(np.asarray(t, np.float32)) for t in tensors])
-    x = x[:: max(1, x.size // SAMPLES), None]
+    return x.reshape(-1, clip.size)
+  x = np.concatenate([np.ravel(np.asarray(t, np.float32)) for t in tensors])
+  return x[:: max(1, x.size // SAMPLES), None]
+
+
+def _search(clip, levels: float, below: float, x: np.ndarray):
+  """The best clips of some, and their squared errors, [grids]."""
   best, least = clip.ravel(), np.full(clip.size, np.inf, np.float32)
   for scale in np.geomspace(0.2, 1.5, 32):
     edge = clip.ravel() * np.float32(scale)
     step = edge / np.float32(levels)
-    below = edge if symmetric else edge + step
-    rounded = step * np.round(np.clip(x, -below, edge) / step)
+    lowest = -step * np.float32(below)
+    rounded = step * np.round(np.clip(x, lowest, edge) / step)
     error = np.square(rounded - x).sum(axis=0)
     best = np.where(error < least, edge, best)
     least = np.minimum(error, least)
-  return best.reshape(clip.shape)
+  return best, least

@@ -36,6 +36,10 @@ class Rule:
       many levels below zero as above it.  Default: no, they have one more
       below; grids that have eight bits or more once they are fixed, or an
       exponent, have not.
+    asymmetric: whether the grid of an input that reaches less than half as far
+      below zero as above, as after gelu or swish, has fewer levels there.
+      Default: yes, but not where `narrow_range` asks for as many, nor where
+      eight bits or more are fixed.
   """
 
   pattern: str
@@ -48,6 +52,7 @@ class Rule:
   exponent: bool | None = None
   per_channel: bool | None = None
   narrow_range: bool | None = None
+  asymmetric: bool | None = None
 
   def __post_init__(self):
     for name, low in (('weight_bits', 2), ('act_bits', 1)):
@@ -81,6 +86,7 @@ class LayerSettings:
   exponent: bool = False
   per_channel: bool = False
   narrow_range: bool = False
+  asymmetric: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -296,4 +296,6 @@ def rules_of(config) -> list[compress.Rule]:
       raise ValueError(f'rule {rule} {what}; known: {", ".join(known)}')
   if config.narrow_range:
     rules.insert(0, {'pattern': '*', 'narrow_range': True})
+  if not config.asymmetric:
+    rules.insert(0, {'pattern': '*', 'asymmetric': False})
   return [compress.Rule(**rule) for rule in rules]

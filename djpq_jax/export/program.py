@@ -79,8 +79,8 @@ class Grid:
 
   @property
   def bits(self) -> int:
-    """Bits of its highest level, and of a sign."""
-    return harden.bits_of(self.highest, signed=self.signed)
+    """Bits that its levels take."""
+    return harden.bits_between(self.lowest, self.highest)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -86,6 +86,9 @@ class Quantizer(nnx.Module):
       which two's complement holds: of two bits -2, -1, 0, 1 [LSQ].  A grid
       with an exponent, or that cannot have fewer than eight bits, is symmetric
       in any case.
+    below: levels below zero over levels above it, for values that reach less
+      far below zero than above; in place of what `narrow_range` says, where
+      that need not be symmetric.
   """
 
   def __init__(
@@ -100,6 +103,7 @@ class Quantizer(nnx.Module):
     exponent: float = 1.0,
     choices: Sequence[float] = (),
     narrow_range: bool = True,
+    below: float | None = None,
   ):
     clip = jnp.asarray(clip, jnp.float32)
     self.signed = signed
@@ -107,6 +111,7 @@ class Quantizer(nnx.Module):
     self.fixed_bits = float(bits) if fixed else None
     self.choices = tuple(sorted(map(float, choices)))
     self.narrow_range = narrow_range
+    self.below = None if below is None else float(below)
     self.log_clip = QuantParam(jnp.log(clip))
     self.log_exponent = nnx.data(None)
     self.log_step = nnx.data(None)
@@ -115,7 +120,7 @@ class Quantizer(nnx.Module):
       t = jnp.asarray(exponent, jnp.float32)
       self.log_exponent = QuantParam(jnp.log(t))
     if not fixed:
-      step = quantize.step_for_bits(float(bits), clip, t, signed=signed)
+      step = quantize.step_for_bits(float(bits), clip, t, **self.extent)
       self.log_step = QuantParam(jnp.log(step))
 
   def grid(self, *, restricted: bool = True):
@@ -135,13 +140,13 @@ class Quantizer(nnx.Module):
       exponent = jnp.exp(bounded(raw, low, high))
       log_range = exponent * log_clip
     if self.fixed_bits is not None:
-      return jnp.exp(log_range) / self._levels(self.fixed_bits), clip, exponent
+      return jnp.exp(log_range) / self._above(self.fixed_bits), clip, exponent
     assert self.log_step is not None
-    low, high = (log_range - np.log(self._levels(b)) for b in self.bounds[::-1])
+    low, high = (log_range - np.log(self._above(b)) for b in self.bounds[::-1])
     log_step = bounded(self.log_step[...], low, high)
     if self.choices and restricted:
       bits = quantize.bit_width(
-        jnp.exp(log_step), clip, exponent, signed=self.signed
+        jnp.exp(log_step), clip, exponent, **self.extent
       )
       allowed = log_range - jnp.log(self._nearest_levels(bits))
       log_step += jax.lax.stop_gradient(allowed - log_step)
@@ -150,21 +155,41 @@ class Quantizer(nnx.Module):
   @property
   def symmetric(self) -> bool:
     """Whether the grid has as many levels below zero as above, or none."""
+    asked = self.below is not None or not self.narrow_range
+    return not (asked and self._may_be_uneven())
+
+  @property
+  def sides(self) -> dict[str, Any]:
+    """What the grid has below zero, as `ops.quantize.quantize` takes it."""
+    return {'narrow_range': self.symmetric} | self.extent
+
+  def levels(self, bits: float) -> tuple[float, float]:
+    """Steps from zero to the highest and to the lowest level, at some bits."""
+    above, below = self._above(bits), self.extent['below']
+    if below is not None:
+      return above, above * below
+    return above, (above + (not self.symmetric)) * self.signed
+
+  @property
+  def extent(self) -> dict[str, Any]:
+    """What the bits depend on beside step, clip and exponent, likewise."""
+    below = self.below if self._may_be_uneven() else None
+    return {'signed': self.signed, 'below': below}
+
+  def _may_be_uneven(self) -> bool:
     least = self.bounds[0] if self.fixed_bits is None else self.fixed_bits
-    wide = least >= NARROW_FROM
-    exponent = self.log_exponent is not None
-    return self.narrow_range or not self.signed or exponent or wide
+    return self.signed and least < NARROW_FROM and self.log_exponent is None
 
   def _nearest_levels(self, bits):
     """Levels of the allowed bits that are nearest in octaves."""
     choices = np.array(self.choices, np.float32)
     # From the geometric mean of two choices on, the larger one is nearer.
     edges = np.sqrt(choices[1:] * choices[:-1])
-    levels = np.array([self._levels(b) for b in self.choices], np.float32)
+    levels = np.array([self._above(b) for b in self.choices], np.float32)
     return jnp.asarray(levels)[jnp.searchsorted(edges, bits)]
 
-  def _levels(self, bits: float) -> float:
-    return 2.0 ** (bits - self.signed) - 1.0
+  def _above(self, bits: float) -> float:
+    return quantize.levels_above(bits, **self.extent)
 
   def bits(self, *, restricted: bool = True):
     """Bits of the grid: differentiable, or a whole float if fixed."""
@@ -172,11 +197,11 @@ class Quantizer(nnx.Module):
       return self.fixed_bits
     step, clip, exponent = self.grid(restricted=restricted)
     # One grid per channel shares one width: that of its widest channel.
-    return jnp.max(quantize.bit_width(step, clip, exponent, signed=self.signed))
+    return jnp.max(quantize.bit_width(step, clip, exponent, **self.extent))
 
   def __call__(self, x):
     """Quantizes `x`, of any shape; the result has its shape and dtype."""
-    sides = self._sides()
+    sides = self.sides
     if self.fixed_bits is not None and self.log_exponent is None:
       clip = jnp.exp(self.log_clip[...])
       return quantize.quantize_lsq(x, clip, self.fixed_bits, **sides)
@@ -184,7 +209,4 @@ class Quantizer(nnx.Module):
 
   def integers(self, x):
     """The whole numbers n, int32, for which `self(x)` is step * n."""
-    return quantize.quantize_to_int(x, *self.grid(), **self._sides())
-
-  def _sides(self):
-    return {'signed': self.signed, 'narrow_range': self.symmetric}
+    return quantize.quantize_to_int(x, *self.grid(), **self.sides)

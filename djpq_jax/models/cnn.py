@@ -87,10 +87,21 @@ def batch_norm(channels: int, *, rngs: nnx.Rngs) -> nnx.BatchNorm:
   return nnx.BatchNorm(channels, momentum=0.9, epsilon=1e-5, rngs=rngs)
 
 
-class ConvBN(nnx.Module):
-  """3x3 convolution without bias, batch normalization, relu."""
+# What may follow a convolution of `DigitsCNN`.
+ACTIVATIONS = {'relu': nnx.relu, 'gelu': nnx.gelu, 'swish': nnx.swish}
 
-  def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs):
+
+class ConvBN(nnx.Module):
+  """3x3 convolution without bias, batch normalization, an activation."""
+
+  def __init__(
+    self,
+    in_channels: int,
+    out_channels: int,
+    activation: str = 'relu',
+    *,
+    rngs: nnx.Rngs,
+  ):
     self.conv = nnx.Conv(
       in_channels,
       out_channels,
@@ -101,10 +112,11 @@ class ConvBN(nnx.Module):
       rngs=rngs,
     )
     self.bn = batch_norm(out_channels, rngs=rngs)
+    self.activation = activation
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, H, W, in_channels] -> [B, H, W, out_channels]."""
-    return nnx.relu(self.bn(self.conv(x)))
+    return ACTIVATIONS[self.activation](self.bn(self.conv(x)))
 
 
 class DigitsCNN(nnx.Module):
@@ -114,6 +126,7 @@ class DigitsCNN(nnx.Module):
     num_classes: length of the logits.
     channels: outputs of the four convolutions; the pool follows the second.
     input_shape: (height, width, channels) of one image; height and width even.
+    activation: 'relu', 'gelu' or 'swish'.
     rngs: needs a `params` stream.
   """
 
@@ -122,18 +135,22 @@ class DigitsCNN(nnx.Module):
     num_classes: int = 10,
     channels: Sequence[int] = (32, 32, 64, 64),
     input_shape: Sequence[int] = (8, 8, 1),
+    activation: str = 'relu',
     *,
     rngs: nnx.Rngs,
   ):
     self.input_shape = check_input_shape(input_shape, 2)
     if len(channels) != 4:
       raise ValueError(f'DigitsCNN has 4 convolutions; got channels {channels}')
+    if activation not in ACTIVATIONS:
+      known = ', '.join(ACTIVATIONS)
+      raise ValueError(f'activation must be one of {known}; got {activation}')
     height, width, inputs = self.input_shape
     c1, c2, c3, c4 = channels
-    self.block1 = ConvBN(inputs, c1, rngs=rngs)
-    self.block2 = ConvBN(c1, c2, rngs=rngs)
-    self.block3 = ConvBN(c2, c3, rngs=rngs)
-    self.block4 = ConvBN(c3, c4, rngs=rngs)
+    self.block1 = ConvBN(inputs, c1, activation, rngs=rngs)
+    self.block2 = ConvBN(c1, c2, activation, rngs=rngs)
+    self.block3 = ConvBN(c2, c3, activation, rngs=rngs)
+    self.block4 = ConvBN(c3, c4, activation, rngs=rngs)
     self.linear = nnx.Linear(
       height // 2 * (width // 2) * c4, num_classes, rngs=rngs
     )

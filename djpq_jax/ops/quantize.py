@@ -9,7 +9,9 @@ The result is `step` times an integer: the grid is uniform whatever the
 exponent is, and there is no inverse mapping.  Unsigned, negative x gives 0.
 Signed, two's complement holds one level more below zero than above it; with
 ``narrow_range=False`` the grid has it, too: negative x is clipped one step
-later, at ``-(clip + step)``.
+later, at ``-(clip + step)``.  ``below`` puts that edge anywhere else, at
+``-below * clip``: for values that reach less far below zero than above, as
+after gelu or swish, which would leave most levels below zero unused.
 
 Straight-through derivatives, each times sign(x)::
 
@@ -18,7 +20,8 @@ Straight-through derivatives, each times sign(x)::
     d x_q / d exponent = u ln(min(|x|, clip) - floor)               above floor
     d x_q / d x        = 1 where |x| <= clip, 0 above    (without sign(x))
 
-and, where negative x is clipped one step later, 1 more to the step there.
+and, where negative x is clipped one step later, 1 more to the step there;
+where it is clipped at ``-below * clip``, `below` times as much to the clip.
 
 Formula and derivatives: `quant_layers.py` of github.com/microsoft/geta, which
 says that it follows DJPQ (Wang et al., arXiv 2007.10463).  The derivative to x
@@ -30,6 +33,7 @@ float64 inputs).  Reverse-mode differentiation only: there is no jvp.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -41,6 +45,7 @@ class _Sides(NamedTuple):
 
   signed: bool
   narrow: bool
+  below: float | None = None
 
 
 def quantize(
@@ -52,6 +57,7 @@ def quantize(
   signed=True,
   floor=0.0,
   narrow_range=True,
+  below=None,
 ):
   """Rounds x to whole steps, differentiable in x and in the grid.
 
@@ -74,14 +80,16 @@ def quantize(
       below it give 0.
     narrow_range: whether a signed grid has as many levels below zero as above,
       or one more, as two's complement [LSQ, Esser et al. 2020]; static.
+    below: largest magnitude kept below zero, over the clip, >= 0; in place of
+      what `narrow_range` says.  A Python number or None; static.
 
   Returns:
     Array of x's shape and dtype.
 
   Raises:
     TypeError: x is not floating.
-    ValueError: a parameter does not broadcast to x, or a level more is asked
-      for together with an exponent.
+    ValueError: a parameter does not broadcast to x, a level more or `below` is
+      asked for together with an exponent, or `below` is negative.
 
   >>> quantize(jnp.array([-2.0, 0.3, 0.8]), 0.25, 1.0)
   Array([-1.  ,  0.25,  0.75], dtype=float32)
@@ -91,8 +99,10 @@ def quantize(
   1.0
   >>> quantize(jnp.array([-9.0, 9.0]), 0.5, 0.5, narrow_range=False)
   Array([-1. ,  0.5], dtype=float32)
+  >>> quantize(jnp.array([-9.0, 9.0]), 0.25, 1.0, below=0.5)
+  Array([-0.5,  1. ], dtype=float32)
   """
-  sides = _sides(signed, narrow_range, exponent)
+  sides = _sides(signed, narrow_range, exponent, below)
   x, unit, step, clip, exponent, floor = _operands(
     x,
     unit=_unit(step_size),
@@ -106,7 +116,7 @@ def quantize(
   return _warped(x, unit, step, clip, exponent, floor, sides)
 
 
-def quantize_lsq(x, clip, bits, *, signed=True, narrow_range=True):
+def quantize_lsq(x, clip, bits, *, signed=True, narrow_range=True, below=None):
   """The quantizer of a fixed number of bits: only its clip is learned.
 
   ``quantize(x, step_for_bits(bits, clip), clip)``, whose step moves with the
@@ -122,24 +132,28 @@ def quantize_lsq(x, clip, bits, *, signed=True, narrow_range=True):
     signed: whether negative values have levels; static.
     narrow_range: whether a signed grid has as many levels below zero as above,
       or all ``2 ** bits``; static.
+    below: as in `quantize`; levels below zero over levels above it.
 
   Returns:
     Array of x's shape and dtype.
 
   Raises:
     TypeError: x is not floating.
-    ValueError: a parameter does not broadcast to x.
+    ValueError: a parameter does not broadcast to x, or `below` is negative.
 
   >>> quantize_lsq(jnp.array([-2.0, 0.3, 0.8]), 1.0, 3)
   Array([-1.        ,  0.33333334,  0.6666667 ], dtype=float32)
   >>> quantize_lsq(jnp.array([-9.0, 9.0]), 0.5, 2, narrow_range=False)
   Array([-1. ,  0.5], dtype=float32)
+  >>> quantize_lsq(jnp.array([-9.0, 9.0]), 1.0, 2, below=1 / 2)
+  Array([-0.5,  1. ], dtype=float32)
   """
-  step = clip / (2.0 ** (bits - signed) - 1)
+  step = clip / levels_above(bits, signed=signed, below=below)
   x, unit, step, clip = _operands(
     x, unit=_unit(clip), step_size=step, clip=clip
   )
-  return _lsq(x, unit, step, clip, _sides(signed, narrow_range))
+  sides = _sides(signed, narrow_range, below=below)
+  return _lsq(x, unit, step, clip, sides)
 
 
 def quantize_to_int(
@@ -151,6 +165,7 @@ def quantize_to_int(
   signed=True,
   floor=0.0,
   narrow_range=True,
+  below=None,
 ):
   """Integer levels n of the quantizer: `quantize(x, ...)` is step * n.
 
@@ -165,19 +180,19 @@ def quantize_to_int(
     floor: fixed lower edge, >= 0, in units of x.
     narrow_range: whether a signed grid has as many levels below zero as above,
       or one more; static.
+    below: as in `quantize`.
 
   Returns:
     int32 array of x's shape.
 
   Raises:
     TypeError: x is not floating.
-    ValueError: a parameter does not broadcast to x, or a level more is asked
-      for together with an exponent.
+    ValueError: as `quantize`.
 
   >>> quantize_to_int(jnp.array([-2.0, 0.3, 0.8]), 0.25, 1.0)
   Array([-4,  1,  3], dtype=int32)
   """
-  sides = _sides(signed, narrow_range, exponent)
+  sides = _sides(signed, narrow_range, exponent, below)
   x, step, clip, exponent, floor = _operands(
     x, step_size=step_size, clip=clip, exponent=exponent, floor=floor
   )
@@ -185,8 +200,12 @@ def quantize_to_int(
   return jax.lax.stop_gradient(level).astype(jnp.int32)
 
 
-def bit_width(step_size, clip, exponent=1.0, *, signed=True, floor=0.0):
+def bit_width(
+  step_size, clip, exponent=1.0, *, signed=True, floor=0.0, below=None
+):
   """Bits that the grid needs, 1[signed] + log2(1 + (clip-floor)**t / step).
+
+  With `below`, all levels count: log2(1 + (1 + below) (clip-floor) / step).
 
   The logarithm without its ceil: real-valued bits train, whole bits are for
   the report [ceil: `quant_layers.py` of microsoft/geta; without: our choice].
@@ -199,6 +218,7 @@ def bit_width(step_size, clip, exponent=1.0, *, signed=True, floor=0.0):
     exponent: power t that warps magnitudes, > 0.
     signed: whether one bit is a sign; static.
     floor: fixed lower edge, >= 0, in units of x, without gradient.
+    below: as in `quantize`.
 
   Returns:
     Bits, float32 array of the arguments' common shape; differentiable.
@@ -212,14 +232,18 @@ def bit_width(step_size, clip, exponent=1.0, *, signed=True, floor=0.0):
   4.0
   """
   step, span = _span(step_size, clip, exponent, floor)
+  if signed and below is not None:
+    return jnp.log2(1 + (1 + below) * span * (1 / step))
   return int(signed) + jnp.log2(1 + span * (1 / step))
 
 
-def step_for_bits(bits, clip, exponent=1.0, *, signed=True, floor=0.0):
+def step_for_bits(
+  bits, clip, exponent=1.0, *, signed=True, floor=0.0, below=None
+):
   """Step whose grid has `bits` bits, the inverse of `bit_width`.
 
   step = (clip - floor) ** t / (2 ** (bits - 1[signed]) - 1)
-  [`quant_layers.py` of microsoft/geta].
+  [`quant_layers.py` of microsoft/geta]; with `below`, see `levels_above`.
 
   Args:
     bits: bits, > 1 if signed and > 0 if not; real-valued or whole.
@@ -227,6 +251,7 @@ def step_for_bits(bits, clip, exponent=1.0, *, signed=True, floor=0.0):
     exponent: power t that warps magnitudes, > 0.
     signed: whether one bit is a sign; static.
     floor: fixed lower edge, >= 0, in units of x, without gradient.
+    below: as in `quantize`.
 
   Returns:
     Step, float32 array of the arguments' common shape; differentiable.
@@ -238,13 +263,42 @@ def step_for_bits(bits, clip, exponent=1.0, *, signed=True, floor=0.0):
   7.0
   """
   bits, span = _span(bits, clip, exponent, floor)
-  return span / (jnp.exp2(bits - int(signed)) - 1)
+  return span / levels_above(bits, signed=signed, below=below)
 
 
-def _sides(signed, narrow_range, exponent=1.0):
+def levels_above(bits, *, signed=True, below=None):
+  """Levels above zero of a grid of `bits` bits, the clip in steps.
+
+  2 ** (bits - 1[signed]) - 1; with `below`, its share of all but zero,
+  (2 ** bits - 1) / (1 + below).
+
+  Args:
+    bits: bits, > 1 if signed and > 0 if not; a number or an array.
+    signed: whether one bit is a sign.
+    below: as in `quantize`.
+
+  Returns:
+    A float for a Python number, else an array; differentiable.
+
+  >>> levels_above(4), levels_above(4, signed=False), levels_above(2, below=0.5)
+  (7.0, 15.0, 2.0)
+  """
+  power = (lambda n: 2.0**n) if isinstance(bits, int | float) else jnp.exp2
+  if signed and below is not None:
+    return (power(bits) - 1) / (1 + below)
+  return power(bits - int(signed)) - 1
+
+
+def _sides(signed, narrow_range, exponent=1.0, below=None):
   if not narrow_range and not _is_one(exponent):
     raise ValueError('narrow_range=False is for grids with exponent 1.0 only')
-  return _Sides(bool(signed), bool(narrow_range or not signed))
+  if below is None or not signed:
+    return _Sides(bool(signed), bool(narrow_range or not signed))
+  if not _is_one(exponent):
+    raise ValueError('below is for grids with exponent 1.0 only')
+  if not 0 <= below < math.inf:
+    raise ValueError(f'below must be a number from 0 on, got {below}')
+  return _Sides(True, True, float(below))
 
 
 def _unit(parameter):
@@ -310,6 +364,8 @@ def _uniform_bwd(sides, residuals, g):
   if not sides.narrow:
     # The edge below moves with the step, too.
     d_unit += jnp.where(x < 0, d_clip * step, 0)
+  if sides.below is not None:
+    d_clip = jnp.where(x < 0, sides.below * d_clip, d_clip)
   return d_x, d_unit, None, d_clip, None
 
 
@@ -397,6 +453,8 @@ def _magnitude(size, clip, floor):
 
 def _edge(x, step, clip, sides):
   """The largest magnitude kept, of each x."""
+  if sides.below is not None:
+    return jnp.where(x < 0, sides.below * clip, clip)
   return clip if sides.narrow else jnp.where(x < 0, clip + step, clip)
 
 

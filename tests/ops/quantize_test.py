@@ -1,6 +1,7 @@
 """The quantizer against closed forms, an autodiff oracle and its own facts."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +36,15 @@ def _edges(step=0.25, clip=1.0):
   return jnp.asarray([*x, *(-v for v in x)], jnp.float32)
 
 
-def _oracle(x, step, clip, exponent, *, signed, floor, narrow_range=True):
+def _oracle(
+  x, step, clip, exponent, *, signed, floor, narrow_range=True, below=None
+):
   """Plain jnp whose jax.grad is the documented derivative."""
   fixed = jax.lax.stop_gradient
   if not narrow_range:
     clip = jnp.where(x < 0, clip + step, clip)
+  if below is not None:
+    clip = jnp.where(x < 0, below * clip, clip)
   size = jnp.abs(x) if signed else jnp.maximum(x, 0.0)
   sign = jnp.sign(x) if signed else jnp.ones_like(x)
   above = size > clip
@@ -97,19 +102,19 @@ def test_ties_round_to_even():
   np.testing.assert_array_equal(got, [0, 2, 2, 0, -2])
 
 
-# Each (exponent, signed, narrow_range) that there is.
+# Each (exponent, sides of zero) that there is.
 GRIDS = [
-  *((e, signed, True) for e in EXPONENTS for signed in SIGNED),
-  (1.0, True, False),
+  *((e, dict(signed=signed)) for e in EXPONENTS for signed in SIGNED),
+  (1.0, dict(signed=True, narrow_range=False)),
+  (1.0, dict(signed=True, below=0.25)),
+  (1.0, dict(signed=True, below=0.0)),
 ]
 
 
-@pytest.mark.parametrize(('exponent', 'signed', 'narrow_range'), GRIDS)
+@pytest.mark.parametrize(('exponent', 'sides'), GRIDS)
 @pytest.mark.parametrize('floor', FLOORS)
 @pytest.mark.parametrize('params', ['scalar', 'channel', 'element'])
-def test_gradients_equal_the_oracle(
-  params, floor, exponent, signed, narrow_range
-):
+def test_gradients_equal_the_oracle(params, floor, exponent, sides):
   exponent = _exponent(exponent)
   x = jnp.concatenate([_random((32, 5)), _edges().reshape(4, 5)])
   step, clip = jnp.float32(0.25), jnp.float32(1.0)
@@ -120,7 +125,7 @@ def test_gradients_equal_the_oracle(
     step, clip = _full(x, step, clip)
   if params != 'scalar' and not isinstance(exponent, float):
     exponent = jnp.broadcast_to(exponent, clip.shape)
-  settings = dict(signed=signed, floor=floor, narrow_range=narrow_range)
+  settings = dict(floor=floor, **sides)
   got = _all_grads(
     functools.partial(quantize.quantize, **settings), x, step, clip, exponent
   )
@@ -156,6 +161,8 @@ SIDES = [
   dict(signed=True),
   dict(signed=False),
   dict(signed=True, narrow_range=False),
+  dict(signed=True, below=0.5),
+  dict(signed=True, below=0.0),
 ]
 
 
@@ -174,7 +181,10 @@ def test_lsq_is_the_quantizer_whose_step_follows_its_clip(
     return quantize.quantize_lsq(x, clip, bits, **sides)
 
   def general(x, clip):
-    step = clip / (2.0 ** (bits - sides['signed']) - 1)
+    levels = 2.0 ** (bits - sides['signed']) - 1
+    if 'below' in sides:
+      levels = (2.0**bits - 1) / (1 + sides['below'])
+    step = clip / levels
     return quantize.quantize(x, step, clip, **sides)
 
   np.testing.assert_array_equal(lsq(x, clip), general(x, clip))
@@ -457,6 +467,57 @@ def test_a_grid_that_is_not_narrow_at_its_edges():
   np.testing.assert_array_equal(got, [1.0, -1.25, np.nan])
   got = quantize.quantize(x, 0.25, 1.0, signed=False, narrow_range=False)
   np.testing.assert_array_equal(got, [1.0, 0.0, np.nan])
+
+
+@pytest.mark.parametrize(
+  ('bits', 'count'),
+  [(b, n) for b in (1, 2, 3, 4, 7) for n in (0, 1, 2, 5) if n < 2**b - 1],
+)
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_a_grid_with_any_number_of_levels_below_zero(bits, count, dtype):
+  top = 2**bits - 1 - count
+  sides: Any = dict(below=count / top)
+  clip = jnp.float32(1.37)
+  step = clip / quantize.levels_above(bits, **sides)
+  assert float(clip / step) == pytest.approx(top)
+  other = quantize.step_for_bits(float(bits), clip, **sides)
+  assert float(other) == pytest.approx(float(step))
+  assert quantize.bit_width(step, clip, **sides) == pytest.approx(bits)
+  x = jnp.linspace(-4.0, 4.0, 20_001).astype(dtype)
+  level = quantize.quantize_to_int(x, step, clip, **sides)
+  np.testing.assert_array_equal(np.unique(level), np.arange(-count, top + 1))
+  out = (step * level.astype(jnp.float32)).astype(dtype)
+  for f in (
+    lambda x: quantize.quantize(x, step, clip, **sides),
+    lambda x: quantize.quantize_lsq(x, clip, bits, **sides),
+  ):
+    np.testing.assert_array_equal(f(x), out)
+    np.testing.assert_array_equal(jax.jit(f)(x), out)
+  edges = jnp.asarray([jnp.inf, -jnp.inf, jnp.nan])
+  want = np.float32([top, -count, np.nan]) * np.float32(step)
+  got = quantize.quantize(edges, step, clip, **sides)
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_nothing_is_below_zero_unsigned():
+  x = _random()
+  got = quantize.quantize(x, 0.25, 1.0, signed=False, below=0.5)
+  want = quantize.quantize(x, 0.25, 1.0, signed=False)
+  np.testing.assert_array_equal(got, want)
+  for f in (quantize.bit_width, quantize.step_for_bits):
+    got = f(0.5, 1.0, signed=False, below=0.5)
+    assert float(got) == float(f(0.5, 1.0, signed=False))
+
+
+@pytest.mark.parametrize('below', [-0.1, float('nan'), float('inf')])
+def test_levels_below_zero_that_make_no_sense(below):
+  with pytest.raises(ValueError, match='below must be a number from 0 on'):
+    quantize.quantize(jnp.ones(3), 0.25, 1.0, below=below)
+
+
+def test_levels_below_zero_with_an_exponent_are_refused():
+  with pytest.raises(ValueError, match='below is for grids with exponent'):
+    quantize.quantize(jnp.ones(3), 0.25, 1.0, 1.3, below=0.5)
 
 
 @pytest.mark.parametrize('f', [quantize.quantize, quantize.quantize_to_int])
