@@ -330,7 +330,7 @@ def test_newer_version(artifact):
   refused(artifact, 'has format version 7, .* reads up to 6; update djpq_jax')
 
 
-def test_the_version_before_had_symmetric_inputs(artifact):
+def test_version_4_had_symmetric_inputs(artifact):
   """It did not say so, and had no others."""
   said = index.read(artifact)
   assert said.pop('uneven_inputs') == ['conv']
@@ -339,6 +339,16 @@ def test_the_version_before_had_symmetric_inputs(artifact):
   acts = {h.path: h.operands.act for h in compress.hooks(load(artifact))}
   assert acts['conv'].narrow_range
   assert acts['conv'].bottom() == -acts['conv'].top()
+
+
+def test_version_5_had_no_asymmetric_inputs(artifact):
+  said = index.read(artifact)
+  assert said.pop('asymmetric_inputs') == {}
+  index.write(artifact, said)
+  edit(artifact, version=5)
+  np.testing.assert_array_equal(
+    evaluation.predictions(load(artifact), tiny.split(40)), logits()
+  )
 
 
 def test_this_version_says_which_inputs_are_uneven(artifact):
