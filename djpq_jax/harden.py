@@ -42,7 +42,7 @@ class FixedQuantizer(nnx.Module):
   Args:
     step: spacing of the levels, > 0.
     clip: the largest value.
-    signed: whether the grid has levels below zero.
+    signed: whether the grid may have levels below zero.
     narrow_range: whether these are as many as above zero; else one more.
     below: levels below zero over levels above it, or None for what
       `narrow_range` says.

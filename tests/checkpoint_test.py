@@ -385,7 +385,8 @@ def test_few_levels_below_zero_are_kept(tmp_path):
     {h.path: h.operands.act for h in compress.hooks(m)} for m in (model, found)
   )
   assert before['head'].below == after['head'].below
-  assert -1 >= after['head'].bottom() > -after['head'].top() / 2
+  assert before['head'].bottom() == after['head'].bottom() < 0
+  assert after['head'].top() - after['head'].bottom() == 2**4 - 1
   assert after['conv'].below is None
   split = tiny.split(40)
   np.testing.assert_array_equal(

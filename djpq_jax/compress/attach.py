@@ -186,11 +186,10 @@ def at_bits(
     )
 
   grid = made(clip, quantizer.below)
-  below = grid.sides['below']
   if grid.log_exponent is not None:  # it is no copy of the tensor
     return grid
-  if fixed and below is not None:  # whole levels below zero, too
-    return made(*clips.asymmetric(clip, below, round(bits), tensors))
+  if fixed and grid.sides['below'] is not None:  # whole levels on both sides
+    return made(*clips.asymmetric(clip, round(bits), tensors))
   found = clips.of_least_error(clip, *grid.levels(bits), tensors)
   return made(found, quantizer.below)
 
@@ -251,10 +250,10 @@ def _left(group, channel, structure: structure_lib.Structure):
 def calibrate(
   model: wrapped.Compressed, *args, percentile: float = CLIP_PERCENTILE
 ):
-  """Sets every input quantizer's sign and clip from one batch, in place.
+  """Sets every input quantizer's clip and sides from one batch, in place.
 
   The clip is a percentile of the magnitudes that enter the layer while no
-  input is quantized.
+  input is quantized; how far they reach below zero, likewise.
   """
   quantized = [hook for hook in wrapped.hooks(model) if hook.operands.act]
   bits = {hook.path: float(hook.operands.act.bits()) for hook in quantized}
@@ -264,12 +263,16 @@ def calibrate(
   for path, _, operands in quantized:
     values = [np.asarray(v, np.float32) for v in taps[path]]
     x = np.concatenate([v.ravel() for v in values])
-    clip = np.percentile(np.abs(x), percentile) or np.abs(x).max() or 1.0
+    clip = np.percentile(np.abs(x), percentile)
+    lowest = np.percentile(x, 100 - percentile)
+    if not clip:  # hardly anything but zeros
+      clip, lowest = np.abs(x).max() or 1.0, x.min()
     settings = model.structure.layers[path]
     signed = bool(x.min() < 0)
     below = None
     if signed and settings.asymmetric and not settings.narrow_range:
-      reach = max(0.0, -np.percentile(x, 100 - percentile))
-      below = reach / clip if reach < ONE_SIDED * clip else None
+      reach = max(0.0, -float(lowest / clip))
+      # Rounded, as it is a constant of what all processes compile.
+      below = round(reach, 3) if reach < ONE_SIDED else None
     act = _act_quantizer(settings, bits[path], clip, signed=signed, below=below)
     operands.act = nnx.data(act)

@@ -37,28 +37,37 @@ def of_least_error(
 
 
 def asymmetric(
-  clip: np.ndarray, below: float, bits: int, tensors: Sequence[Any]
+  clip: np.ndarray, bits: int, tensors: Sequence[Any]
 ) -> tuple[np.ndarray, float]:
   """The grid of whole levels with the least squared error.
 
   Args:
-    clip: largest magnitude, a scalar.
-    below: how far the values reach below zero, over the clip.
+    clip: largest magnitude, a scalar; see `of_least_error`.
     bits: of the grid.
     tensors: what is quantized, of any shapes.
 
   Returns:
-    (clip, levels below zero over levels above it).
+    (clip, levels below zero over levels above it); at most half of all levels
+    are below zero.
   """
   x = _columns(clip, tensors)
   others = 2**bits - 1  # levels but zero
-  likely = round(others * below / (1 + below))
-  found = []
-  for count in {0, *range(likely - 2, likely + 3)}:
-    if 0 <= count <= 2 ** (bits - 1):
-      best, least = _search(clip, others - count, count, x)
-      found.append((least.item(), count, best.reshape(clip.shape)))
-  _, count, best = min(found, key=lambda f: f[:2])
+  most = min(2 ** (bits - 1), others - 1)
+
+  def fitted(count):
+    best, least = _search(clip, others - count, count, x)
+    return least.item(), count, best.reshape(clip.shape)
+
+  # From where the range of the values puts zero, as far as it gets better.
+  low, high = min(0.0, float(x.min())), max(0.0, float(x.max()))
+  found = fitted(min(most, round(others * -low / (high - low or 1.0))))
+  for way in (-1, 1):
+    while 0 <= found[1] + way <= most:
+      next_to_it = fitted(found[1] + way)
+      if next_to_it[0] >= found[0]:
+        break
+      found = next_to_it
+  _, count, best = found
   return best, count / (others - count)
 
 

@@ -69,9 +69,9 @@ class Quantizer(nnx.Module):
   which is the learned step size of LSQ (Esser et al. 2020) for that grid.
 
   Args:
-    clip: largest magnitude kept, > 0, below zero up to one step more (see
-      `narrow_range`); scalar, or an array that broadcasts to the tensor for
-      one grid per channel.
+    clip: largest magnitude kept, > 0, below zero more or less than that (see
+      `narrow_range` and `below`); scalar, or an array that broadcasts to the
+      tensor for one grid per channel.
     bits: bits to begin with, inside `bounds`.
     signed: whether the tensor has negative values.
     bounds: smallest and largest bits.
