@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -47,11 +48,21 @@ def test_documents_are_those_of_the_results(what):
 def test_links_lead_somewhere():
   for path in [ROOT / 'README.md', *ROOT.glob('docs/**/*.md')]:
     for target in _links(path.read_text()):
-      assert (path.parent / target).exists(), f'{path.name}: {target}'
+      name, _, anchor = target.partition('#')
+      found = path.parent / name if name else path
+      assert found.exists(), f'{path.name}: {target}'
+      if anchor:
+        assert anchor in _anchors(found.read_text()), f'{path.name}: {target}'
 
 
 def _links(text):
   for part in text.split('](')[1:]:
     target = part.split(')')[0]
-    if '://' not in target and not target.startswith('#'):
-      yield target.split('#')[0]
+    if '://' not in target:
+      yield target
+
+
+def _anchors(text):
+  """Those of its headings."""
+  for title in re.findall(r'^#+ (.*)$', text, re.MULTILINE):
+    yield re.sub(r'[^\w -]', '', title.lower()).strip().replace(' ', '-')

@@ -166,7 +166,9 @@ def test_one_clip_per_channel_is_one_quantizer_per_channel():
   np.testing.assert_allclose(q.bits(), 1 + np.log2(7), rtol=1e-6)
 
 
-def test_restricted_bits_are_the_nearest_in_octaves():
+@pytest.mark.parametrize('below', [None, 0.25])
+def test_restricted_bits_are_the_nearest_in_octaves(below):
+  sides = dict(signed=True, bounds=(2, 8), below=below)
   for bits, want in (
     (2.0, 2),
     (2.8, 2),
@@ -175,13 +177,11 @@ def test_restricted_bits_are_the_nearest_in_octaves():
     (5.7, 8),
     (8.0, 8),
   ):
-    q = layers.Quantizer(
-      1.5, bits, signed=True, bounds=(2, 8), choices=(4, 2, 8)
-    )
+    q = layers.Quantizer(1.5, bits, choices=(4, 2, 8), **sides)
     np.testing.assert_allclose(q.bits(), want, rtol=1e-5)
     np.testing.assert_allclose(q.bits(restricted=False), bits, rtol=1e-5)
     x = _normal(100)
-    plain = layers.Quantizer(1.5, want, signed=True, bounds=(2, 8))
+    plain = layers.Quantizer(1.5, want, **sides)
     np.testing.assert_allclose(q(x), plain(x), atol=1e-6)
 
 

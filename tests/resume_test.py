@@ -1,9 +1,11 @@
 """Runs that are stopped, killed or damaged, and go on to the same bits."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -102,30 +104,31 @@ def test_a_workdir_of_an_older_version_goes_on(config, tmp_path):
     workdir_lib.Workdir(tmp_path, changed).check()
 
 
-def test_a_workdir_that_began_its_search_at_eight_bits(config, tmp_path):
-  """Before there was a field for it, all did; now it has to be said."""
+@pytest.mark.parametrize(
+  ('field', 'was'),
+  [('search.bits', 8.0), ('narrow_range', True), ('asymmetric', False)],
+)
+def test_a_workdir_from_before_there_was_a_field(field, was, config, tmp_path):
+  """Where the default is another now, it has to be said."""
   workdir_lib.Workdir(tmp_path, config).claim()
   before = json.loads((tmp_path / 'config.json').read_text())
-  del before['search']['bits']
+  *outer, name = field.split('.')
+  del functools.reduce(dict.get, outer, before)[name]
   (tmp_path / 'config.json').write_text(json.dumps(before))
-  with pytest.raises(ValueError, match=r'it differs in search\.bits'):
+  with pytest.raises(ValueError, match=f'it differs in {re.escape(field)}'):
     workdir_lib.Workdir(tmp_path, config).check()
-  said = config_lib.change(config, search={'bits': 8.0})
+  changes = {name: was}
+  for key in reversed(outer):
+    changes = {key: changes}
+  said = config_lib.change(config, **changes)
   workdir_lib.Workdir(tmp_path, said).check()
 
 
-def test_a_workdir_whose_grids_were_symmetric(config, tmp_path):
-  """Before there was a field for it, all were; now it has to be said."""
-  workdir_lib.Workdir(tmp_path, config).claim()
-  before = json.loads((tmp_path / 'config.json').read_text())
-  del before['narrow_range']
-  (tmp_path / 'config.json').write_text(json.dumps(before))
-  with pytest.raises(ValueError, match='it differs in narrow_range'):
-    workdir_lib.Workdir(tmp_path, config).check()
-  said = config_lib.change(config, narrow_range=True)
-  workdir_lib.Workdir(tmp_path, said).check()
-  assert setting.rules_of(said)[0].narrow_range
-  assert not any(rule.narrow_range for rule in setting.rules_of(config))
+def test_what_a_config_says_of_all_grids_is_a_rule(config):
+  for field, value in (('narrow_range', True), ('asymmetric', False)):
+    said = config_lib.change(config, **{field: value})
+    assert getattr(setting.rules_of(said)[0], field) is value
+    assert all(getattr(r, field) is None for r in setting.rules_of(config))
 
 
 def test_saves_between_looks_say_nothing(tmp_path, capfd):
