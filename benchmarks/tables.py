@@ -194,6 +194,7 @@ def text(name: str) -> str:
     'fields': fields,
     'ablations': lambda: ablations('ablations'),
     'ablations_bits': lambda: ablations('ablations_bits'),
+    'ablations_swish': lambda: ablations('ablations_swish'),
     'alignment': alignment,
     'reliability': reliability,
     'inference': tables_speed.inference,
