@@ -68,7 +68,8 @@ HEADLINES = {
   'digits': 'digits',
   'ResNet-20, CIFAR-10, 5 epochs': 'resnet20_cifar10_5_epochs',
   'ResNet-20, 10 epochs, earlier version': 'resnet20_cifar10_10_epochs',
-  'MobileNetV2, CIFAR-10, 5 epochs': 'mobilenet_v2_cifar10',
+  'MobileNetV2, CIFAR-10, 5 epochs': 'mobilenet_v2_cifar10_4_pixels',
+  'MobileNetV2, strides of before': 'mobilenet_v2_cifar10',
 }
 
 

@@ -59,14 +59,20 @@ class Workdir:
       return
     # What a config of an older version does not say was as it is by default,
     # or as it was before there was a field for it.
-    default = _over(config_lib.default().to_dict(), BEFORE)
-    before = _over(default, self._config_there())
+    default, there = config_lib.default().to_dict(), self._config_there()
+    before = _over(_over(default, BEFORE), there)
     changed = sorted(_differences(before, self.config))
-    if changed:
-      raise ValueError(
-        f'{self.path} already holds another experiment (it differs in '
-        f'{", ".join(changed[:3])}); choose another workdir, or --overwrite'
-      )
+    if not changed:
+      return
+    ways = 'choose another workdir, or --overwrite'
+    if not any(_differences(_over(default, there), self.config)):
+      # It lacks these fields, and nothing else is different.
+      said = ' '.join(f'--set {f}={_at(before, f)}' for f in changed)
+      ways = f'go on with what the version before did ({said}), {ways}'
+    raise ValueError(
+      f'{self.path} already holds another experiment (it differs in '
+      f'{", ".join(changed[:3])}); {ways}'
+    )
 
   def _found(self) -> list[pathlib.Path]:
     """What is there, but for a claim that was cut off."""
@@ -129,6 +135,13 @@ def _over(default: dict, given: dict) -> dict:
     if isinstance(value, dict) and isinstance(default.get(key), dict)
   }
   return json.loads(json.dumps(default)) | given | both
+
+
+def _at(tree: dict, field: str) -> Any:
+  """The value of a field, as 'search.bits'."""
+  for key in field.split('.'):
+    tree = tree[key]
+  return tree
 
 
 def _differences(a: dict, b: dict, prefix: str = ''):

@@ -115,8 +115,14 @@ def test_a_workdir_from_before_there_was_a_field(field, was, config, tmp_path):
   *outer, name = field.split('.')
   del functools.reduce(dict.get, outer, before)[name]
   (tmp_path / 'config.json').write_text(json.dumps(before))
-  with pytest.raises(ValueError, match=f'it differs in {re.escape(field)}'):
+  how = re.escape(f'(--set {field}={was})')
+  message = rf'it differs in {re.escape(field)}\); go on with .* {how}, choose'
+  with pytest.raises(ValueError, match=message):
     workdir_lib.Workdir(tmp_path, config).check()
+  # What differs otherwise would not go on so.
+  other = config_lib.change(config, seed=config.seed + 1)
+  with pytest.raises(ValueError, match=r'seed.*\); choose another workdir'):
+    workdir_lib.Workdir(tmp_path, other).check()
   changes = {name: was}
   for key in reversed(outer):
     changes = {key: changes}

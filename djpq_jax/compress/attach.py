@@ -263,15 +263,16 @@ def calibrate(
   for path, _, operands in quantized:
     values = [np.asarray(v, np.float32) for v in taps[path]]
     x = np.concatenate([v.ravel() for v in values])
-    clip = np.percentile(np.abs(x), percentile)
-    lowest = np.percentile(x, 100 - percentile)
+    kept = percentile
+    clip = np.percentile(np.abs(x), kept)
     if not clip:  # hardly anything but zeros
-      clip, lowest = np.abs(x).max() or 1.0, x.min()
+      kept = 100.0
+      clip = np.abs(x).max() or 1.0
     settings = model.structure.layers[path]
     signed = bool(x.min() < 0)
     below = None
     if signed and settings.asymmetric and not settings.narrow_range:
-      reach = max(0.0, -float(lowest / clip))
+      reach = max(0.0, -float(np.percentile(x, 100 - kept) / clip))
       # Rounded, as it is a constant of what all processes compile.
       below = round(reach, 3) if reach < ONE_SIDED else None
     act = _act_quantizer(settings, bits[path], clip, signed=signed, below=below)
