@@ -1,13 +1,15 @@
-r"""Other libraries beside DJPQ on the digits, each in its own environment.
+r"""Other libraries beside DJPQ, each in its own environment.
 
     python benchmarks/compare_peers.py --peers hgq2 --budgets 0.002 0.001 \\
         --seeds 0 1 2 --out benchmarks/results/peers_digits.json
 
 A peer gets the same trained float model as DJPQ, the same images and shifts,
 the same teacher, and in each training as many epochs as DJPQ's search and
-finetuning take together.  What it returns, the bits of each weight and of each
-input, is counted here, see peers/counting.py.  A row is either a budget, which
-takes learned bits or pruning, or one of FIXED_BITS; brevitas has both.
+finetuning take together.  The task is the digits', or with brevitas also that
+of another --config, whose model is ResNet-20.  What it returns, the bits of
+each weight and of each input, is counted here, see peers/counting.py.  A row is
+either a budget, which takes learned bits or pruning, or one of FIXED_BITS;
+brevitas has both.
 
 `.peers/` has an environment for each peer, made when it is first needed from
 peers/NAME.txt by pip, and the float models.  Nothing of them is needed by the
@@ -33,6 +35,7 @@ from djpq_jax import config as config_lib
 from djpq_jax import data
 from djpq_jax import evaluation
 from djpq_jax import experiment
+from djpq_jax.data import pipeline
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = ROOT / 'benchmarks' / 'peers'
@@ -46,13 +49,9 @@ PEERS = {
 NO_BUDGET = ('qwix',)
 # DJPQ's controls leave the images eight bits and the last layer six.  qwix is
 # told the bits of the first layer, of those between, and of the last; brevitas
-# those of the weights of each layer / of its inputs.
+# those of the weights of each layer / of its inputs, see `spelt_out`.
 FIXED_BITS = {
-  'brevitas': {
-    'W4A4': '4,4,4,4,6/8,4,4,4,6',
-    'W3A3': '3,3,3,3,6/8,3,3,3,6',
-    'W2A2': '2,2,2,2,6/8,2,2,2,6',
-  },
+  'brevitas': {'W4A4': '4', 'W3A3': '3', 'W2A2': '2'},
   'qwix': {
     'W8A8': '8,8,8',
     'W4A4': '4,4,4',
@@ -62,7 +61,7 @@ FIXED_BITS = {
     'W2A2, first W8A8, last W6A6': '8,2,6',
   },
 }
-CONFIG = 'configs/digits.py'
+ANY_NETWORK = ('brevitas',)  # others know that of the digits alone
 
 
 def interpreter(peer: str) -> pathlib.Path:
@@ -97,7 +96,7 @@ def versions(peer: str) -> dict[str, str]:
 
 def given(config) -> pathlib.Path:
   """The file that a peer begins with; its float model is trained once."""
-  path = MADE / f'digits-seed{config.seed}.npz'
+  path = MADE / f'{config.model.name}-seed{config.seed}.npz'
   if not path.exists():
     model, accuracy = experiment.float_model(config)
     path.parent.mkdir(exist_ok=True)
@@ -107,23 +106,63 @@ def given(config) -> pathlib.Path:
 
 
 def arrays(model, config) -> dict[str, Any]:
-  """Float weights, images in all shifts, labels, and the teacher's logits."""
-  train, test = data.load(config.data.name)
-  found: dict[str, Any] = {'labels': train.labels, 'test': test.images}
-  blocks = [model.block1, model.block2, model.block3, model.block4]
-  for k, block in enumerate(blocks):
-    bn = block.bn
-    found[f'kernel{k}'] = block.conv.kernel[...]
+  """Float weights, what the layers are, and the images with their labels.
+
+  Of the digits all shifts, with the teacher's logits; of other images there
+  are too many, so they come as bytes that a peer moves itself.
+  """
+  train, test = data.load(config.data.name, data_dir=config.data.dir or None)
+  found = weights(model) | {
+    'network': config.model.name,
+    'macs': [layer.macs for layer in structure(config).layers.values()],
+    'rate': config.finetune.optimizer.learning_rate,
+    'labels': train.labels,
+    'test': pipeline.normalize(test.images, test),
+  }
+  if config.data.name == 'digits':
+    found['shifted'] = shifts(np.asarray(train.images), config.augment.shift)
+    found['teacher'] = np.stack(
+      [evaluation.predict(model, [images]) for images in found['shifted']]
+    )
+  else:
+    found |= {'images': train.images, 'mean': train.mean, 'std': train.std}
+    found |= {'shift': config.augment.shift, 'batch': config.batch_size}
+  return {name: np.asarray(value) for name, value in found.items()}
+
+
+def weights(model) -> dict[str, Any]:
+  """Of the layers in their order: kernels, batch norm, strides."""
+  pairs = convolutions(model)
+  found: dict[str, Any] = {
+    'layers': len(pairs) + 1,
+    'strides': [int(np.max(conv.strides)) for conv, _ in pairs] + [1],
+  }
+  for k, (conv, bn) in enumerate(pairs):
+    found[f'kernel{k}'] = np.asarray(conv.kernel[...])
     # y = scale * (x - mean) / deviation + bias
     deviation = np.sqrt(bn.var[...] + bn.epsilon)
-    found[f'norm{k}'] = [bn.scale[...], bn.bias[...], bn.mean[...], deviation]
-  found['kernel4'] = model.linear.kernel[...]
-  found['bias4'] = model.linear.bias[...]
-  found['shifted'] = shifts(np.asarray(train.images), config.augment.shift)
-  found['teacher'] = np.stack(
-    [evaluation.predict(model, [images]) for images in found['shifted']]
-  )
-  return {name: np.asarray(value) for name, value in found.items()}
+    found[f'norm{k}'] = np.stack(
+      [bn.scale[...], bn.bias[...], bn.mean[...], deviation]
+    )
+  found[f'kernel{len(pairs)}'] = np.asarray(model.linear.kernel[...])
+  found[f'bias{len(pairs)}'] = np.asarray(model.linear.bias[...])
+  return found
+
+
+def convolutions(model) -> list[tuple[Any, Any]]:
+  """Each convolution and its batch norm, in the order they are called."""
+  if hasattr(model, 'block1'):
+    blocks = [model.block1, model.block2, model.block3, model.block4]
+    return [(block.conv, block.bn) for block in blocks]
+  found = [(model.conv1, model.bn1)]
+  for block in [*model.layer1, *model.layer2, *model.layer3]:
+    found += [(block.conv1, block.bn1), (block.conv2, block.bn2)]
+  return found
+
+
+def structure(config):
+  """The graph of the float model."""
+  return experiment.dense_structure(config).graph
 
 
 def shifts(images: np.ndarray, reach: int) -> np.ndarray:
@@ -137,8 +176,24 @@ def shifts(images: np.ndarray, reach: int) -> np.ndarray:
   )
 
 
+def spelt_out(peer: str, bits: str, layers: int) -> str:
+  """Bits of FIXED_BITS, as the script of a peer is told them.
+
+  >>> spelt_out('brevitas', '4', 3), spelt_out('qwix', '8,4,6', 3)
+  ('4,4,6/8,4,6', '8,4,6')
+  """
+  if peer != 'brevitas':
+    return bits
+  between = [bits] * (layers - 2)
+  return f'{",".join([bits, *between, "6"])}/{",".join(["8", *between, "6"])}'
+
+
 def contestants(
-  peer: str, budgets: list[float], macs: int, names: list[str] | None = None
+  peer: str,
+  budgets: list[float],
+  macs: int,
+  names: list[str] | None = None,
+  layers: int = 5,
 ) -> dict[str, str]:
   """Name -> target, as the script of the peer is told it.
 
@@ -147,10 +202,11 @@ def contestants(
     budgets: relative BOPs, for peers that can be brought to them.
     macs: of the float model.
     names: those of FIXED_BITS that are wanted; all of them unless given.
+    layers: of the float model.
   """
   fixed = FIXED_BITS.get(peer, {})
   found = {
-    f'{PEERS[peer]} {name}': bits
+    f'{PEERS[peer]} {name}': spelt_out(peer, bits, layers)
     for name, bits in fixed.items()
     if names is None or name in names
   }
@@ -183,10 +239,11 @@ def figures(made, config, macs: int) -> dict:
   total, dense = counting.bops(made)
   if dense != 32 * 32 * macs:
     raise ValueError(f'a peer of {dense} BOPs, not of {32 * 32 * macs}')
-  _, test = data.load(config.data.name)
+  _, test = data.load(config.data.name, data_dir=config.data.dir or None)
+  layers = range(sum(name.startswith('act_bits') for name in made))
   bits = {
     f'mean_{what}_bits': [
-      round(float(made[f'{what}_bits{k}'].mean()), 3) for k in range(5)
+      round(float(made[f'{what}_bits{k}'].mean()), 3) for k in layers
     ]
     for what in ('weight', 'act')
   }
@@ -201,6 +258,8 @@ def figures(made, config, macs: int) -> dict:
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--config', default='configs/digits.py')
+  parser.add_argument('--set', action='append', default=[])
   parser.add_argument('--peers', choices=list(PEERS), nargs='+', required=True)
   parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
   parser.add_argument('--budgets', type=float, nargs='*', default=[0.002])
@@ -209,13 +268,17 @@ def main():
   )
   parser.add_argument('--out', required=True, type=pathlib.Path)
   args = parser.parse_args()
-  base = config_lib.load(CONFIG)
-  macs = experiment.dense_structure(base).graph.float_macs
-  commit = (
-    result_files.commit()
-  )  # before this writes to a file of the repository
+  base = config_lib.load(args.config, args.set)
+  graph = structure(base)
+  macs = graph.float_macs
+  for peer in args.peers:
+    if base.model.name != 'digits_cnn' and peer not in ANY_NETWORK:
+      parser.error(f'{peer} knows the network of configs/digits.py alone')
+  commit = result_files.commit()  # before this writes to a file of them
   for seed, peer in itertools.product(args.seeds, args.peers):
-    targets = contestants(peer, args.budgets, macs, args.fixed)
+    targets = contestants(
+      peer, args.budgets, macs, args.fixed, len(graph.layers)
+    )
     runs = result_files.runs_of(args.out)
     done = {(r['contestant'], r['seed']) for r in runs}
     left = [name for name in targets if (name, seed) not in done]
@@ -228,7 +291,7 @@ def main():
     new = [{'contestant': n} | of_all | run for n, run in zip(left, found)]
     for run in new:
       print(json.dumps(run), flush=True)
-    result_files.add(args.out, new, versions(peer), config=CONFIG)
+    result_files.add(args.out, new, versions(peer), config=args.config)
 
 
 if __name__ == '__main__':

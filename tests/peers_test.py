@@ -8,6 +8,7 @@ import pytest
 
 from djpq_jax import config as config_lib
 from djpq_jax import cost
+from djpq_jax import evaluation
 from djpq_jax import models
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / 'benchmarks'
@@ -26,10 +27,22 @@ def searching(monkeypatch):
 
 
 @pytest.fixture
+def feeding(monkeypatch):
+  monkeypatch.syspath_prepend(BENCHMARKS)
+  return importlib.import_module('peers.feeding')
+
+
+@pytest.fixture
 def digits_torch(monkeypatch):
   pytest.importorskip('torch', reason='peers have torch, the tests need none')
   monkeypatch.syspath_prepend(BENCHMARKS / 'peers')
   return importlib.import_module('digits_torch')
+
+
+@pytest.fixture
+def resnet_torch(digits_torch):
+  del digits_torch  # has torch, and the folder on the path
+  return importlib.import_module('resnet_torch')
 
 
 @pytest.fixture
@@ -71,6 +84,18 @@ def test_each_product_costs_its_own_bits(counting):
     expected += padded[y + dy, x + dx, c] * weights[dy, dx, c, o]
   made = {'weight_bits0': weights, 'act_bits0': inputs}
   assert counting.bops(made)[0] == expected
+
+
+def test_a_stride_leaves_products_out(counting):
+  rng = np.random.default_rng(0)
+  weights = rng.integers(0, 5, (3, 3, 2, 4))
+  inputs = rng.integers(0, 5, (4, 6, 2))
+  padded = np.pad(inputs, [(1, 1), (1, 1), (0, 0)], 'edge')
+  expected = 0
+  for y, x, dy, dx, c, o in np.ndindex(2, 3, 3, 3, 2, 4):
+    expected += padded[2 * y + dy, 2 * x + dx, c] * weights[dy, dx, c, o]
+  made = {'weight_bits0': weights, 'act_bits0': inputs, 'stride0': 2}
+  assert counting.bops(made) == (expected, 1024 * 6 * 9 * 2 * 4)
 
 
 def test_what_has_no_bits_costs_nothing(counting):
@@ -145,6 +170,60 @@ def test_a_peer_can_have_both_fixed_bits_and_budgets(compare_peers):
   assert inputs.split(',') == ['8', '2', '2', '2', '6']
 
 
+def test_fixed_bits_are_those_of_the_controls_in_any_network(compare_peers):
+  found = compare_peers.contestants('brevitas', [], 1000, ['W3A3'], layers=20)
+  weights, inputs = found['brevitas W3A3'].split('/')
+  assert weights.split(',') == ['3'] * 19 + ['6']
+  assert inputs.split(',') == ['8'] + ['3'] * 18 + ['6']
+
+
+def crops(feeding, seed):
+  """Batches of ten images whose pixels are all different."""
+  images = np.arange(10 * 8 * 8 * 3).reshape(10, 8, 8, 3)
+  return feeding.Crops(
+    {
+      'images': (images % 251 + 1).astype(np.uint8),
+      'labels': np.arange(10),
+      'mean': np.zeros(3, np.float32),
+      'std': np.ones(3, np.float32) / 255,
+      'batch': 4,
+      'shift': 2,
+    },
+    seed,
+    teacher=lambda images: images.sum((1, 2)),
+  )
+
+
+def test_crops_are_parts_of_the_image_of_their_label(feeding):
+  batches = crops(feeding, 0)
+  edge = [(0, 0), (2, 2), (2, 2), (0, 0)]
+  padded = np.pad(batches.given['images'], edge).astype(np.float32)
+  seen = []
+  for images, labels, teacher in batches.epoch():
+    np.testing.assert_array_equal(teacher, images.sum((1, 2)))
+    for image, label in zip(images, labels):
+      found = [
+        (y, x, mirror)
+        for y, x, mirror in np.ndindex(5, 5, 2)
+        if np.allclose(
+          padded[label, y : y + 8, x : x + 8][:, :: -1 if mirror else 1], image
+        )
+      ]
+      assert len(found) == 1
+      seen += found
+  assert len(batches) == 2
+  assert len(seen) == 8
+  assert len(set(seen)) > 4  # not all moved alike
+
+
+def test_crops_follow_from_the_seed(feeding):
+  first, again, other = (
+    next(crops(feeding, seed).epoch())[0] for seed in (0, 0, 1)
+  )
+  np.testing.assert_array_equal(first, again)
+  assert not np.array_equal(first, other)
+
+
 def test_rows_of_fixed_bits_can_be_chosen(compare_peers):
   found = compare_peers.contestants('brevitas', [], macs=1000, names=['W2A2'])
   assert list(found) == ['brevitas W2A2']
@@ -154,6 +233,7 @@ def test_rows_of_fixed_bits_can_be_chosen(compare_peers):
 
 def test_the_network_in_torch_is_the_one_of_jax(digits_torch, compare_peers):
   from torch import nn
+  import training_torch
 
   model = models.create('digits_cnn', seed=0)
   rng = np.random.default_rng(0)
@@ -168,7 +248,25 @@ def test_the_network_in_torch_is_the_one_of_jax(digits_torch, compare_peers):
     relu=lambda k: nn.ReLU(),
     entry=nn.Identity(),
   )
-  logits = digits_torch.logits(found, given['shifted'][0])
+  logits = training_torch.logits(found, given['shifted'][0])
   np.testing.assert_allclose(logits, given['teacher'][0], atol=1e-4)
   macs = [18_432, 589_824, 294_912, 589_824, 10_240]
   assert digits_torch.macs(found, 8) == macs
+
+
+def test_the_resnet_in_torch_is_the_one_of_jax(resnet_torch, compare_peers):
+  import training_torch
+
+  model = models.create('resnet8', seed=0)
+  rng = np.random.default_rng(0)
+  for _, bn in compare_peers.convolutions(model):
+    bn.var[...] = rng.uniform(0.5, 2, bn.var.shape)
+    bn.mean[...] = rng.normal(size=bn.mean.shape)
+  given = compare_peers.weights(model)
+  images = rng.normal(size=(4, 32, 32, 3)).astype(np.float32)
+  found = resnet_torch.floats(given)
+  np.testing.assert_allclose(
+    training_torch.logits(found, images),
+    evaluation.predict(model, [images]),
+    atol=1e-3,
+  )

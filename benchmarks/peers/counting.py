@@ -17,7 +17,8 @@ def bops(made) -> tuple[float, float]:
   Args:
     made: 'weight_bits0' [kh, kw, in, out] or [in, out], 'act_bits0'
       [height, width, in] or [in], then those of the next layer, and so on.
-      Convolutions have stride 1 and padding that keeps the size.
+      Convolutions have padding that keeps the size, and stride 1 unless there
+      is a 'stride0' and so on.
 
   >>> made = {'weight_bits0': np.full((2, 3), 4), 'act_bits0': np.full(2, 8)}
   >>> bops(made)
@@ -28,8 +29,10 @@ def bops(made) -> tuple[float, float]:
     if f'weight_bits{k}' not in made:
       break
     weights, inputs = made[f'weight_bits{k}'], made[f'act_bits{k}']
-    total += _products(inputs, weights)
-    dense += _products(np.full(inputs.shape, 32), np.full(weights.shape, 32))
+    stride = int(made.get(f'stride{k}', 1))
+    total += _products(inputs, weights, stride)
+    ones = np.ones(inputs.shape), np.ones(weights.shape)
+    dense += 32 * 32 * _products(*ones, stride)
   return total, dense
 
 
@@ -61,7 +64,7 @@ def whole_tensors(kernels, inputs, weight_bits, act_bits, full=None) -> dict:
   return made
 
 
-def _products(inputs, weights) -> float:
+def _products(inputs, weights, stride) -> float:
   """Sum over all multiplications of a layer; padding counts as its edge."""
   inputs = np.asarray(inputs, np.float64)
   weights = np.asarray(weights, np.float64).sum(axis=-1)
@@ -72,6 +75,6 @@ def _products(inputs, weights) -> float:
   padded = np.pad(inputs, [(reach, reach), (reach, reach), (0, 0)], 'edge')
   total = 0.0
   for dy, dx in np.ndindex(weights.shape[:2]):
-    seen = padded[dy : dy + height, dx : dx + width]
+    seen = padded[dy : dy + height : stride, dx : dx + width : stride]
     total += seen.sum(axis=(0, 1)) @ weights[dy, dx]
   return float(total)

@@ -37,6 +37,54 @@ class Batches:
       yield images, self.labels[rows], teacher
 
 
+class Crops:
+  """Images moved and mirrored anew each time, and what a teacher says of them.
+
+  Args:
+    given: arrays from benchmarks/compare_peers.py.
+    seed: of order, shifts and mirrors.
+    teacher: images [B, H, W, C] -> logits [B, classes].
+  """
+
+  def __init__(self, given, seed: int, teacher):
+    self.given, self.teacher = given, teacher
+    self.batch, self.shift = int(given['batch']), int(given['shift'])
+    self.rng = np.random.default_rng(seed)
+
+  def __len__(self):
+    return len(self.given['labels']) // self.batch
+
+  def epoch(self):
+    """Yields (images, labels, the teacher's logits) of one epoch."""
+    images, labels = self.given['images'], self.given['labels']
+    order = self.rng.permutation(len(labels))
+    for k in range(len(self)):
+      rows = order[k * self.batch : (k + 1) * self.batch]
+      moved = normalized(self.given, self.changed(images[rows]))
+      yield moved, labels[rows], self.teacher(moved)
+
+  def changed(self, images):
+    """Moves each image, zeros come in, and mirrors half of them."""
+    height, width = images.shape[1:3]
+    edge = (self.shift, self.shift)
+    padded = np.pad(images, [(0, 0), edge, edge, (0, 0)])
+    corners = self.rng.integers(0, 2 * self.shift + 1, (len(images), 2))
+    mirrored = self.rng.random(len(images)) < 0.5
+    return np.stack(
+      [
+        one[y : y + height, x : x + width][:, :: -1 if mirror else 1]
+        for one, (y, x), mirror in zip(padded, corners, mirrored)
+      ]
+    )
+
+
+def normalized(given, images) -> np.ndarray:
+  """Bytes as the network takes them."""
+  return ((images / np.float32(255) - given['mean']) / given['std']).astype(
+    np.float32
+  )
+
+
 def tiled(given) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """All training images in all shifts, their labels, the teacher's logits."""
   images = given['shifted']

@@ -1,4 +1,4 @@
-"""brevitas on the digits: bits that are learned, or given for each layer.
+"""brevitas: bits that are learned, or given for each layer.
 
 Run by benchmarks/compare_peers.py, in an environment of its own.  Weights and
 inputs have one scale and one width per tensor.  Learned widths are brevitas's
@@ -15,16 +15,20 @@ from brevitas.inject.enum import BitWidthImplType
 from brevitas.inject.enum import RestrictValueType
 import counting
 import digits_torch
-import feeding
 import numpy as np
+import resnet_torch
 import searching
 import torch
+import training_torch
 
 BEGIN_BITS = 8  # of learned widths, for weights and inputs
-BITS_RATE = 2e-2  # of learning them; at that of the weights they hardly move
+BITS_RATE = 10.0  # over that of the weights, at which they hardly move
 # Of relative BOPs in the loss, from one training of seed 0 before; near the
 # least that it can have BOPs hardly fall.
 SEARCH = searching.Search(first=12.0, slope=0.5)
+
+
+NETWORKS = {'digits_cnn': digits_torch, 'resnet20': resnet_torch}
 
 
 class Weight(quant.Int8WeightPerTensorFloatMSE):
@@ -34,14 +38,21 @@ class Weight(quant.Int8WeightPerTensorFloatMSE):
 
 
 class Input(quant.Uint8ActPerTensorFloat):
-  """Without a sign, as no input is negative; the scale is learned."""
+  """Without a sign, as most inputs are not negative; the scale is learned."""
+
+  scaling_min_val = 2e-16
+  restrict_scaling_type = RestrictValueType.LOG_FP
+
+
+class SignedInput(quant.Int8ActPerTensorFloat):
+  """With a sign."""
 
   scaling_min_val = 2e-16
   restrict_scaling_type = RestrictValueType.LOG_FP
 
 
 def build(given, weight_bits, act_bits, *, learned: bool):
-  """The digits' network with these widths, to begin with or for good."""
+  """The network with these widths, to begin with or for good."""
   kind = BitWidthImplType.PARAMETER if learned else BitWidthImplType.CONST
 
   def weight(k):
@@ -52,28 +63,48 @@ def build(given, weight_bits, act_bits, *, learned: bool):
     )
 
   def entry(k):
+    signed = k == 0 and given['test'].min() < 0
     return dict(
-      act_quant=Input, bit_width=act_bits[k], bit_width_impl_type=kind
+      act_quant=SignedInput if signed else Input,
+      bit_width=act_bits[k],
+      bit_width_impl_type=kind,
     )
 
-  return digits_torch.Digits(
+  def conv(k, into, out, stride=1):
+    return quant_nn.QuantConv2d(
+      into, out, 3, stride, padding=1, bias=False, **weight(k)
+    )
+
+  def linear(into, out):
+    return quant_nn.QuantLinear(into, out, True, **weight(-1))
+
+  if network(given) is digits_torch:
+    return digits_torch.Digits(
+      given,
+      conv=conv,
+      linear=linear,
+      relu=lambda k: quant_nn.QuantReLU(**entry(k + 1)),
+      entry=quant_nn.QuantIdentity(**entry(0)),
+    )
+  return resnet_torch.ResNet(
     given,
-    conv=lambda k, into, out: quant_nn.QuantConv2d(
-      into, out, 3, padding=1, bias=False, **weight(k)
-    ),
-    linear=lambda into, out: quant_nn.QuantLinear(into, out, True, **weight(4)),
-    relu=lambda k: quant_nn.QuantReLU(**entry(k + 1)),
-    entry=quant_nn.QuantIdentity(**entry(0)),
+    conv=conv,
+    linear=linear,
+    entry=lambda k: quant_nn.QuantIdentity(**entry(k)),
   )
+
+
+def network(given):
+  """The module that has it."""
+  return NETWORKS[str(given['network'])]
 
 
 def widths(model) -> tuple[list, list]:
   """Bits of the weights and of the inputs of each layer, as tensors."""
-  layers = [*model.convs, model.linear]
-  weights = [layer.weight_quant.tensor_quant for layer in layers]
+  weights = [layer.weight_quant.tensor_quant for layer in model.layers()]
   acts = [
     module.act_quant.fused_activation_quant_proxy.tensor_quant
-    for module in (model.entry, *model.relus)
+    for module in model.entries()
   ]
   return tuple(
     [one.msb_clamp_bit_width_impl() for one in ones] for ones in (weights, acts)
@@ -82,29 +113,33 @@ def widths(model) -> tuple[list, list]:
 
 def trained(given, model, epochs: int, seed: int, coefficient=None) -> dict:
   """Trains a model; its logits, its bits, and its loss on training images."""
-  size = given['test'].shape[1]
-  macs = digits_torch.macs(model, size)
+  task = network(given)
+  shapes = task.shapes(model, given['test'].shape[1])
+  macs = given['macs']
+  rate = float(given['rate'])
 
   def cost():
     uses = zip(macs, *widths(model))
     total = sum(count * weight * act for count, weight, act in uses)
-    return coefficient * total / (32 * 32 * sum(macs))
+    return coefficient * total / (32 * 32 * macs.sum())
 
   bits = [p for n, p in model.named_parameters() if 'bit_width' in n]
-  digits_torch.train(
+  training_torch.train(
     model,
-    feeding.Batches(given, seed),
+    task.batches(given, seed),
     epochs,
-    own=[(bits, BITS_RATE)] if bits else [],
+    rate=rate,
+    own=[(bits, BITS_RATE * rate)] if bits else [],
     extra=cost if bits else None,
   )
   made = {
-    'logits': digits_torch.logits(model, given['test']),
-    'loss': digits_torch.training_loss(model, given),
+    'logits': training_torch.logits(model, given['test']),
+    'loss': task.training_loss(model, given),
   }
   found = [[float(one) for one in ones] for ones in widths(model)]
   print(f'bits {found}, loss {made["loss"]:.4f}', flush=True)
-  bits = counting.whole_tensors(*digits_torch.shapes(model, size), *found)
+  bits = counting.whole_tensors(*shapes, *found)
+  bits |= {f'stride{k}': stride for k, stride in enumerate(given['strides'])}
   return made | bits | {'bops': counting.bops(bits)[0]}
 
 
@@ -121,7 +156,7 @@ def learned(given, targets, epochs: int, seed: int) -> list[dict]:
 
   def trainer(coefficient):
     torch.manual_seed(seed)
-    begin = [BEGIN_BITS] * 5
+    begin = [BEGIN_BITS] * int(given['layers'])
     model = build(given, begin, begin, learned=True)
     return trained(given, model, epochs, seed, coefficient)
 

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 import torch_pruning
+import training_torch
 
 BITS = 8
 ROUNDS = 5  # of pruning, with the same factor in MACs each
@@ -49,7 +50,7 @@ def prune(model, given, batches, macs: float, epochs: int):
   before = sum(digits_torch.macs(model, size))
   pruner = torch_pruning.pruner.BasePruner(
     model,
-    digits_torch.from_flax(given['test'][:1]),
+    training_torch.from_flax(given['test'][:1]),
     importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
     pruning_ratio=1.0,  # after all steps, which is beyond any target
     iterative_steps=STEPS,
@@ -62,12 +63,12 @@ def prune(model, given, batches, macs: float, epochs: int):
         raise ValueError(f'torch-pruning does not come to {macs:.4g} MACs')
       model.eval()
       pruner.step()
-    digits_torch.train(model, batches, epochs // ROUNDS)
+    training_torch.train(model, batches, epochs // ROUNDS)
 
 
 def quantize(model, given):
   """The model with NNCF's quantizers, calibrated on the training images."""
-  images = digits_torch.from_flax(
+  images = training_torch.from_flax(
     given['shifted'].reshape(-1, *given['test'].shape[1:])
   )
   rng = torch.Generator().manual_seed(0)
@@ -97,15 +98,15 @@ def trained(given, target: float, epochs: int, seed: int) -> dict:
   full = digits_torch.shapes(model, size)
   pruning, quantizing = round(PRUNING * epochs), round(QUANTIZING * epochs)
   prune(model, given, batches, target / BITS**2, pruning)
-  digits_torch.train(model, batches, epochs - pruning - quantizing)
+  training_torch.train(model, batches, epochs - pruning - quantizing)
   kept = digits_torch.shapes(model, size)
   model = quantize(model, given)
   check(model)
-  digits_torch.train(model, batches, quantizing, rate=feeding.RATE / 10)
+  training_torch.train(model, batches, quantizing, rate=feeding.RATE / 10)
   bits = counting.whole_tensors(*kept, [BITS] * 5, [BITS] * 5, full)
   widths = [kernel[-1] for kernel in kept[0]]
   print(f'channels {widths}, BOPs {counting.bops(bits)[0]:.4g}', flush=True)
-  logits = digits_torch.logits(model, given['test'])
+  logits = training_torch.logits(model, given['test'])
   return {'logits': logits, 'trainings': 1} | bits
 
 
