@@ -18,11 +18,10 @@ import numpy as np
 from djpq_jax import compress
 from djpq_jax import graph as graph_lib
 from djpq_jax import layers
-from djpq_jax.ops import quantize
 
 
 class Constant(nnx.Variable):
-  """A number that training settled: a step, a clip or a scale."""
+  """A number that training settled: a step or a scale."""
 
 
 class Dequantizer(nnx.Module):
@@ -37,61 +36,42 @@ class Dequantizer(nnx.Module):
 
 
 class FixedQuantizer(nnx.Module):
-  """Rounds a layer's input to its settled grid.
+  """Rounds a layer's input to whole steps, as many as it may have.
 
   Args:
-    step: spacing of the levels, > 0.
-    clip: the largest value.
-    signed: whether the grid may have levels below zero.
-    narrow_range: whether these are as many as above zero; else one more.
-    below: levels below zero over levels above it, or None for what
-      `narrow_range` says.
+    step: spacing of the levels, > 0, in units of the input.
+    lowest: fewest steps, 0 or less.
+    highest: most steps, 0 or more.
   """
 
-  def __init__(
-    self,
-    step,
-    clip,
-    *,
-    signed: bool,
-    narrow_range: bool,
-    below: float | None = None,
-  ):
+  def __init__(self, step, lowest: int, highest: int):
     self.step = Constant(step)
-    self.clip = Constant(clip)
-    self.signed = signed
-    self.narrow_range = narrow_range
-    self.below = below
+    self.lowest = lowest
+    self.highest = highest
 
   def __call__(self, x):
     """Float array -> multiples of the step, same shape and dtype."""
-    return quantize.quantize(x, self.step[...], self.clip[...], **self._sides())
+    steps = self._steps(x)
+    return (self.step[...].astype(steps.dtype) * steps).astype(x.dtype)
 
   def integers(self, x):
-    """The levels n, int32 of x's shape, for which `self(x)` is step * n."""
-    return quantize.quantize_to_int(
-      x, self.step[...], self.clip[...], **self._sides()
-    )
+    """The steps n, int32 of x's shape, for which `self(x)` is step * n."""
+    return self._steps(x).astype(jnp.int32)
 
-  def _sides(self):
-    return {
-      'signed': self.signed,
-      'narrow_range': self.narrow_range,
-      'below': self.below,
-    }
+  def _steps(self, x):
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    # As `ops.quantize` does it: a quotient rounds otherwise now and then.
+    steps = jnp.round(x.astype(dtype) * (1 / self.step[...].astype(dtype)))
+    return jnp.clip(steps, self.lowest, self.highest)
 
-  def top(self) -> int:
-    """The largest level."""
-    return int(jnp.max(self.integers(self.clip[...])))
-
-  def bottom(self) -> int:
-    """The lowest level; 0 if none is below zero."""
-    far = jnp.full_like(self.clip[...], -jnp.inf)
-    return int(jnp.min(self.integers(far)))
+  @property
+  def signed(self) -> bool:
+    """Whether it has levels below zero."""
+    return self.lowest < 0
 
   def bits(self) -> int:
     """Bits that its levels take."""
-    return bits_between(self.bottom(), self.top())
+    return bits_between(self.lowest, self.highest)
 
 
 class Scales(nnx.Module):
@@ -176,8 +156,8 @@ def _settle(hook: compress.Hook):
   dtype = jnp.int8 if width < 2**7 else jnp.int16
   hook.layer.kernel = layers.IntegerParam(integers.astype(dtype))
   hook.operands.weight = nnx.data(Dequantizer(weight.grid()[0]))
-  step, clip, _ = act.grid()
-  hook.operands.act = nnx.data(FixedQuantizer(step, clip, **act.sides))
+  lowest, highest = map(int, act.integers(jnp.array([-jnp.inf, jnp.inf])))
+  hook.operands.act = nnx.data(FixedQuantizer(act.grid()[0], lowest, highest))
 
 
 def _settle_norm(norm: nnx.BatchNorm) -> None:

@@ -102,7 +102,7 @@ def artifact(saved, tmp_path):
 def edit(folder, *, sign=True, **changes):
   path = folder / 'manifest.json'
   manifest = json.loads(path.read_text())
-  of_index = {k: v for k, v in changes.items() if k in index.KEYS}
+  of_index = {k: v for k, v in changes.items() if k in index.read(folder)}
   if of_index:
     index.write(folder, index.read(folder) | of_index)
   manifest |= {k: v for k, v in changes.items() if k not in of_index}
@@ -327,44 +327,13 @@ def test_older_version(artifact, version):
 
 def test_newer_version(artifact):
   edit(artifact, version=manifest_lib.VERSION + 1)
-  refused(artifact, 'has format version 7, .* reads up to 6; update djpq_jax')
+  refused(artifact, 'has format version 8, .* reads up to 7; update djpq_jax')
 
 
-def test_version_4_had_symmetric_inputs(artifact):
-  """It did not say so, and had no others."""
-  said = index.read(artifact)
-  assert said.pop('uneven_inputs') == ['conv']
-  index.write(artifact, said)
-  edit(artifact, version=4)
-  acts = {h.path: h.operands.act for h in compress.hooks(load(artifact))}
-  assert acts['conv'].narrow_range
-  assert acts['conv'].bottom() == -acts['conv'].top()
-
-
-def test_version_5_had_no_asymmetric_inputs(artifact):
-  said = index.read(artifact)
-  assert said.pop('asymmetric_inputs') == {}
-  index.write(artifact, said)
-  edit(artifact, version=5)
-  np.testing.assert_array_equal(
-    evaluation.predictions(load(artifact), tiny.split(40)), logits()
-  )
-
-
-def test_this_version_says_which_inputs_are_uneven(artifact):
-  said = index.read(artifact)
-  del said['uneven_inputs']
-  index.write(artifact, said)
-  edit(artifact)
-  refused(artifact, 'uneven_inputs')
-
-
-def test_a_level_more_below_zero_is_kept(saved):
+def test_levels_below_zero_are_kept(saved):
   acts = {h.path: h.operands.act for h in compress.hooks(load(saved))}
-  assert not acts['conv'].narrow_range
-  assert acts['conv'].bottom() == -1 - acts['conv'].top()
-  assert acts['head'].narrow_range
-  assert acts['head'].bottom() == 0
+  assert acts['conv'].lowest == -1 - acts['conv'].highest
+  assert acts['head'].lowest == 0
 
 
 class Gelu(tiny.Normed):
@@ -381,24 +350,64 @@ def test_few_levels_below_zero_are_kept(tmp_path):
   model = harden.harden(frozen)
   save(tmp_path / 'artifact', model)
   found = load(tmp_path / 'artifact', Gelu)
-  before, after = (
-    {h.path: h.operands.act for h in compress.hooks(m)} for m in (model, found)
-  )
-  assert before['head'].below == after['head'].below
-  assert before['head'].bottom() == after['head'].bottom() < 0
-  assert after['head'].top() - after['head'].bottom() == 2**4 - 1
-  assert after['conv'].below is None
+  acts = {h.path: h.operands.act for h in compress.hooks(found)}
+  lowest, highest = acts['head'].lowest, acts['head'].highest
+  assert 0 < -lowest < highest
+  assert highest - lowest == 2**4 - 1
   split = tiny.split(40)
   np.testing.assert_array_equal(
     evaluation.predictions(found, split), evaluation.predictions(model, split)
   )
-  # A version before had no such grids, and does not read these.
-  said = index.read(tmp_path / 'artifact')
-  del said['asymmetric_inputs']
-  index.write(tmp_path / 'artifact', said)
-  edit(tmp_path / 'artifact')
-  with pytest.raises(checkpoint.ArtifactError, match='asymmetric_inputs'):
-    load(tmp_path / 'artifact', Gelu)
+
+
+@pytest.fixture
+def of_version_6(tmp_path):
+  """A file of that version: `Gelu`, with inputs of five and of four bits."""
+  file = pathlib.Path(__file__).parent / 'artifact_version_6.zip'
+  shutil.unpack_archive(file, tmp_path)
+  return tmp_path / 'artifact'
+
+
+@pytest.mark.parametrize(
+  ('version', 'conv', 'head'),
+  [
+    (6, (-16, 15), (-7, 8)),
+    (5, (-16, 15), (-9, 8)),
+    (4, (-15, 15), (-8, 8)),
+  ],
+)
+def test_versions_that_told_levels_otherwise(of_version_6, version, conv, head):
+  said = index.read(of_version_6)
+  for since, name in ((5, 'uneven_inputs'), (6, 'asymmetric_inputs')):
+    if version < since:
+      del said[name]
+  index.write(of_version_6, said)
+  edit(of_version_6, version=version)
+  found = load(of_version_6, Gelu)
+  acts = {h.path: h.operands.act for h in compress.hooks(found)}
+  assert (acts['conv'].lowest, acts['conv'].highest) == conv
+  assert (acts['head'].lowest, acts['head'].highest) == head
+
+
+def test_version_6_predicts_what_it_did(of_version_6):
+  logits = evaluation.predictions(load(of_version_6, Gelu), tiny.split(40))
+  expected = [
+    [0.6974531, 0.7706721, 0.285373],
+    [0.5899172, 0.6608483, 0.3563009],
+  ]
+  np.testing.assert_allclose(logits[:2], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  'name', ['signed_inputs', 'uneven_inputs', 'asymmetric_inputs']
+)
+def test_version_6_says_what_is_below_zero(of_version_6, name):
+  said = index.read(of_version_6)
+  del said[name]
+  index.write(of_version_6, said)
+  edit(of_version_6)
+  with pytest.raises(checkpoint.ArtifactError, match=name):
+    load(of_version_6, Gelu)
 
 
 @pytest.mark.parametrize(
@@ -450,7 +459,10 @@ def test_what_would_fill_memory_is_refused(artifact, monkeypatch):
     {'arrays': ['no/such']},
     {'input_shape': [4]},
     {'input_shape': 'wide'},
-    {'signed_inputs': {}},
+    {'inputs': {}},
+    {'inputs': 3},
+    {'inputs': {'conv': [0], 'head': [0, 1]}},
+    {'inputs': {'conv': ['0', '1'], 'head': [0, 1]}},
     {'reasons': {}},
   ],
   ids=lambda changes: '-'.join(f'{k}={v}' for k, v in changes.items())[:30],

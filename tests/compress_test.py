@@ -752,7 +752,7 @@ def test_inputs_that_are_mostly_positive_have_few_levels_below_zero(bits):
     lowest, highest = act.integers(far).tolist()
     assert highest - lowest == 2**bits - 1
     assert rows[path].act_bits == bits
-    assert (fixed.bottom(), fixed.top()) == (lowest, highest)
+    assert (fixed.lowest, fixed.highest) == (lowest, highest)
     np.testing.assert_array_equal(fixed(inputs), act(inputs))
     if path in found:
       assert -lowest < highest

@@ -83,9 +83,9 @@ def test_inputs_are_on_their_grid(built):
     levels = np.asarray(jax.jit(operands.act.__call__)(taps[path][0])) / step
     np.testing.assert_allclose(levels, np.round(levels), atol=1e-3)
     bits = built.plan.act_bits[path] - operands.act.signed
-    assert np.round(levels).max() <= 2**bits - 1
-    lowest = -(2**bits) + operands.act.narrow_range
-    assert np.round(levels).min() >= lowest * operands.act.signed
+    assert np.round(levels).max() <= operands.act.highest == 2**bits - 1
+    assert np.round(levels).min() >= operands.act.lowest
+    assert operands.act.lowest in (-(2**bits), 1 - 2**bits, 0)
 
 
 def test_count_of_the_arrays_is_what_was_planned(built):
@@ -181,7 +181,7 @@ def test_bits_are_counted_from_what_is_there():
   kernel = changed.model.head.kernel
   kernel.set_value(jnp.clip(kernel[...], -1, 1))
   act = changed.model.head.promote_dtype.act
-  act.clip.set_value(3 * act.step[...])
+  act.highest = 3
   was, now = harden.count(hardened, X)[1], harden.count(changed, X)[1]
   assert (was.weight_bits, was.act_bits) == (
     plan.weight_bits['head'],

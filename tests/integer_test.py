@@ -65,17 +65,14 @@ def hardened(
   kernel = rng.integers(lowest, top + 1, layer.kernel.shape).astype(dtype)
   kernel.flat[:2] = top, lowest
   step = np.float32(0.01) if step is None else step
-  levels = 2 ** (act_bits - signed) - 1
+  highest = 2 ** (act_bits - signed) - 1
   if below is not None:
-    levels = 2**act_bits - 1 - below
-    below /= levels
-  act = harden.FixedQuantizer(
-    jnp.float32(1 / levels),
-    jnp.float32(1),
-    signed=signed,
-    narrow_range=not signed or act_bits >= 8,
-    below=below,
-  )
+    highest = 2**act_bits - 1 - below
+  elif signed:
+    below = highest + (act_bits < 8)
+  else:
+    below = 0
+  act = harden.FixedQuantizer(jnp.float32(1 / highest), -below, highest)
   layer.kernel = layers.IntegerParam(jnp.asarray(kernel))
   layer.promote_dtype = nnx.data(
     layers.Operands(
@@ -209,13 +206,9 @@ def windows(x, layer):
 def expected(model, x):
   """NumPy's accumulators for a model of one layer."""
   layer, act = model.model.layer, model.model.layer.promote_dtype.act
-  # A clip of 1 over a whole number of steps; no level of these is a tie.
-  step = float(act.step[...])
-  low = 0
-  if act.signed:
-    low = -1 if act.narrow_range else -1 - step
-    low = low if act.below is None else -act.below
-  levels = np.round(np.clip(x, low, 1) / step).astype(np.int64)
+  # No level of these is a tie.
+  levels = np.round(x / float(act.step[...]))
+  levels = np.clip(levels, act.lowest, act.highest).astype(np.int64)
   kernel = np.asarray(layer.kernel[...], np.int64)
   if isinstance(layer, nnx.Conv):
     return windows(levels, layer)
@@ -298,7 +291,7 @@ def test_inputs_with_few_levels_below_zero(below):
   ]:
     model = hardened(layer, weight_bits, bits, signed=True, below=below)
     act = model.model.layer.promote_dtype.act
-    assert (act.bottom(), act.top()) == (-below, 2**bits - 1 - below)
+    assert (act.lowest, act.highest) == (-below, 2**bits - 1 - below)
     assert act.bits() == bits
     x = images(*shape)
     sums, outputs = run(lowered(model), x)

@@ -31,6 +31,7 @@ from djpq_jax import integer
 from djpq_jax.checkpoint import contents
 from djpq_jax.checkpoint import index as index_lib
 from djpq_jax.checkpoint import manifest as manifest_lib
+from djpq_jax.checkpoint import older
 from djpq_jax.checkpoint import program as program_lib
 from djpq_jax.checkpoint.manifest import ArtifactError
 from djpq_jax.checkpoint.program import Program
@@ -92,9 +93,7 @@ def save(
   if fault:
     raise ValueError(f'{folder} cannot be written: {fault}')
   index = {
-    'signed_inputs': contents.signed_inputs(model),
-    'uneven_inputs': contents.uneven_inputs(model),
-    'asymmetric_inputs': contents.asymmetric_inputs(model),
+    'inputs': contents.inputs(model),
     'reasons': {g.name: g.reason for g in model.structure.groups if g.reason},
     'plan': model.structure.plan.to_json(),
     'arrays': entries,
@@ -141,6 +140,8 @@ def load(folder, dense) -> harden.HardenedModel:
   manifest, arrays = _read(folder)
   try:
     values = contents.unpacked(manifest['arrays'], arrays)
+    if manifest['version'] < older.LEVELS_SINCE:
+      manifest['inputs'] = older.inputs(manifest, values)
     return contents.filled(contents.skeleton(manifest, dense), values)
   except (AttributeError, LookupError, TypeError, ValueError) as error:
     raise ArtifactError(

@@ -1,6 +1,7 @@
 """The arrays of a hardened model, as they are stored and as it holds them."""
 
 from collections.abc import Mapping
+import operator
 
 from flax import nnx
 import jax
@@ -74,33 +75,12 @@ def unpacked(specs, arrays) -> dict[str, np.ndarray]:
   return values
 
 
-def signed_inputs(model: harden.HardenedModel) -> dict[str, bool]:
-  """Whether the input of each quantized layer is signed."""
+def inputs(model: harden.HardenedModel) -> dict[str, tuple[int, int]]:
+  """The lowest and the highest level of each quantized layer's input."""
   return {
-    hook.path: hook.operands.act.signed
+    hook.path: (hook.operands.act.lowest, hook.operands.act.highest)
     for hook in compress.hooks(model)
     if isinstance(hook.operands.act, harden.FixedQuantizer)
-  }
-
-
-def uneven_inputs(model: harden.HardenedModel) -> list[str]:
-  """Layers whose input has a level more below zero than above it."""
-  return [
-    hook.path
-    for hook in compress.hooks(model)
-    if isinstance(hook.operands.act, harden.FixedQuantizer)
-    and hook.operands.act.signed
-    and not hook.operands.act.narrow_range
-  ]
-
-
-def asymmetric_inputs(model: harden.HardenedModel) -> dict[str, float]:
-  """Layers whose input has levels below zero as `FixedQuantizer.below` says."""
-  return {
-    hook.path: hook.operands.act.below
-    for hook in compress.hooks(model)
-    if isinstance(hook.operands.act, harden.FixedQuantizer)
-    and hook.operands.act.below is not None
   }
 
 
@@ -121,11 +101,12 @@ def skeleton(manifest, dense) -> harden.HardenedModel:
     )
     for g in graph.groups
   )
-  quantized = set(manifest['signed_inputs'])
-  uneven = set(manifest['uneven_inputs'] if manifest['version'] > 4 else ())
-  below = manifest['asymmetric_inputs'] if manifest['version'] > 5 else {}
+  levels = {
+    path: tuple(map(operator.index, ends))  # whole numbers, or it raises
+    for path, ends in manifest['inputs'].items()
+  }
   settings = {
-    p: compress.LayerSettings(quantize=p in quantized) for p in graph.layers
+    p: compress.LayerSettings(quantize=p in levels) for p in graph.layers
   }
   structure = compress.Structure(graph, settings, groups, plan)
   inner = graph_lib.slice_channels(model, graph, dict(plan.open))
@@ -134,24 +115,14 @@ def skeleton(manifest, dense) -> harden.HardenedModel:
   compress.attach_operands(
     inner,
     structure,
-    weight=lambda path: (
-      harden.Dequantizer(empty) if path in quantized else None
-    ),
+    weight=lambda path: harden.Dequantizer(empty) if path in levels else None,
     act=lambda path: (
-      harden.FixedQuantizer(
-        empty,
-        empty,
-        signed=manifest['signed_inputs'][path],
-        narrow_range=path not in uneven,
-        below=below.get(path),
-      )
-      if path in quantized
-      else None
+      harden.FixedQuantizer(empty, *levels[path]) if path in levels else None
     ),
   )
   hardened = harden.HardenedModel(inner, gates, structure)
   for hook in compress.hooks(hardened):
-    if hook.path in quantized:
+    if hook.path in levels:
       hook.layer.kernel = layers.IntegerParam(hook.layer.kernel.get_value())
   return hardened
 

@@ -12,7 +12,7 @@ from typing import Any
 from djpq_jax.checkpoint import xz
 
 FILE_NAME = 'index.xz'
-KEYS = {'arrays', 'plan', 'reasons', 'signed_inputs'}
+KEYS = {'arrays', 'plan', 'reasons'}
 
 
 def write(folder: pathlib.Path, index: Mapping[str, Any]) -> None:

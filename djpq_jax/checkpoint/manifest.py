@@ -11,8 +11,8 @@ from djpq_jax.checkpoint import index
 from djpq_jax.checkpoint import program
 
 FORMAT = 'djpq_jax hardened model'
-VERSION = 6
-OLDEST = 4  # that is read: its signed inputs are all symmetric
+VERSION = 7
+OLDEST = 4  # that is read, see `older`
 # What is always there, and of which kind.
 PARTS: dict[str, Any] = {
   'model': dict,

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from djpq_jax.export import program as program_lib
+from djpq_jax import harden
 from djpq_jax.export import translate
 
 Constant = translate.Constant
@@ -30,14 +30,14 @@ def layer_input(t, eqn, values):
   if not isinstance(x, Tensor):
     x = t.full(x, eqn.invars[0].aval.shape)
   if grid.highest > (INT8_LEVELS if grid.signed else UINT8_LEVELS):
-    t.float_layers[layer] = f'its inputs have {grid.bits} bits'
+    t.float_layers[layer] = f'its inputs have {grid.bits()} bits'
     return _rounded(t, x, grid)
   # One type for all: ONNX Runtime fuses no layer from one type to another.
   shift = 128 if grid.signed else 0
   zero = np.array(shift, np.uint8)
   low = shift + grid.lowest
   high = shift + grid.highest
-  step = np.float32(grid.step)
+  step = np.float32(grid.step[...])
   if t.form != 'qdq':
     # As the model does it; a quotient now and then rounds to another level.
     # 'qdq' keeps both scales of a pair alike, for runtimes that fuse.
@@ -49,7 +49,7 @@ def layer_input(t, eqn, values):
     q = _node(
       t, layer, 'Clip', q, np.array(low, np.uint8), np.array(high, np.uint8)
     )
-  scale = np.float32(grid.step)
+  scale = np.float32(grid.step[...])
   result = _node(t, layer, 'DequantizeLinear', q, scale, zero)
   t.integers[result.name] = q.name, zero, layer
   return result
@@ -61,11 +61,11 @@ def _node(t, layer, op, x, *constants):
   return Tensor(t.graph.add(op, names, dims, layer=layer), x.dims, x.order)
 
 
-def _rounded(t, x, grid: program_lib.Grid):
+def _rounded(t, x, grid: harden.FixedQuantizer):
   """The same arithmetic on floats, for more levels than eight bits have."""
   high = np.float32(grid.highest)
   low = np.float32(grid.lowest)
-  step = np.float32(grid.step)
+  step = np.float32(grid.step[...])
   scaled = t.add('Mul', [x, t.graph.constant(1 / step)], x.dims, x.order)
   whole = t.add('Round', [scaled], x.dims, x.order)
   names = [whole, t.graph.constant(low), t.graph.constant(high)]
@@ -145,7 +145,7 @@ def _integer_product(t, op, known, kernel, axis, dims, attributes) -> str:
   shape = [-1 if a == 1 else 1 for a in range(len(dims))]
   if op == 'MatMul':
     shape = [-1]
-  scale = step * np.float32(t.program.grids[layer].step)
+  scale = step * np.float32(t.program.grids[layer].step[...])
   name = t.graph.constant(scale.reshape(shape), f'{layer}/scale')
   return t.graph.add('Mul', [cast, name], dims, layer=layer)
 

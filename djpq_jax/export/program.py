@@ -1,6 +1,6 @@
 """A hardened model as a jaxpr in which each grid is a single equation.
 
-Traced as it is, a quantizer is fifteen equations and an integer kernel a
+Traced as it is, a quantizer is several equations and an integer kernel a
 product of floats, and what was one number to a layer is lost.  Here the hooks
 of the layers bind a marker instead, so that a translator meets the input of a
 layer and its kernel as what they are.
@@ -58,31 +58,6 @@ class _Marker(nnx.Module):
     return self.primitive.bind(x, layer=self.layer)
 
 
-@dataclasses.dataclass(frozen=True)
-class Grid:
-  """The grid of a layer's input: `step` times a whole number.
-
-  Attributes:
-    step: spacing, in units of the input.
-    lowest: whole number; 0 or less.
-    highest: whole number.
-  """
-
-  step: float
-  lowest: int
-  highest: int
-
-  @property
-  def signed(self) -> bool:
-    """Whether it has levels below zero."""
-    return self.lowest < 0
-
-  @property
-  def bits(self) -> int:
-    """Bits that its levels take."""
-    return harden.bits_between(self.lowest, self.highest)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
   """A forward pass whose only invar is the batch of images.
@@ -94,7 +69,7 @@ class Program:
   """
 
   jaxpr: Any
-  grids: dict[str, Grid]
+  grids: dict[str, harden.FixedQuantizer]
   steps: dict[str, np.ndarray]
 
 
@@ -118,7 +93,7 @@ def trace(
   grids, steps = {}, {}
   for path, _, operands in compress.hooks(marked):
     if isinstance(operands.weight, harden.Dequantizer):
-      grids[path] = _grid(operands.act, path)
+      grids[path] = operands.act
       steps[path] = np.asarray(operands.weight.step[...], np.float32)
       operands.act = nnx.data(_Marker(input_p, path))
       operands.weight = nnx.data(_Marker(kernel_p, path))
@@ -141,10 +116,3 @@ def trace(
 def shape(input_shape, batch: int | None):
   """Shape of a batch of examples; its first dimension may be symbolic."""
   return stablehlo.images(input_shape, batch).shape
-
-
-def _grid(act: harden.FixedQuantizer, path: str) -> Grid:
-  step, clip = act.step[...], act.clip[...]
-  if jnp.size(step) != 1 or jnp.size(clip) != 1:
-    raise ValueError(f'the input of layer {path} has more than one grid')
-  return Grid(float(step.item()), act.bottom(), act.top())

@@ -189,7 +189,7 @@ def _plan(hook: compress.Hook, execution: str) -> planning.Plan:
     execution,
     np.asarray(hook.layer.kernel[...]),
     site,
-    max(act.top(), -act.bottom()),
+    max(act.highest, -act.lowest),
     signed=act.signed,
   )
 
