@@ -59,6 +59,8 @@ class FixedQuantizer(nnx.Module):
     return self._steps(x).astype(jnp.int32)
 
   def _steps(self, x):
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise TypeError(f'inputs must be floating, not {x.dtype}')
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     # As `ops.quantize` does it: a quotient rounds otherwise now and then.
     steps = jnp.round(x.astype(dtype) * (1 / self.step[...].astype(dtype)))

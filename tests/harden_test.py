@@ -20,6 +20,7 @@ from djpq_jax import cost
 from djpq_jax import evaluation
 from djpq_jax import harden
 from djpq_jax import layers
+from djpq_jax.ops import quantize
 
 # They run flax's batch norm.
 pytestmark = pytest.mark.standard_promotion
@@ -86,6 +87,46 @@ def test_inputs_are_on_their_grid(built):
     assert np.round(levels).max() <= operands.act.highest == 2**bits - 1
     assert np.round(levels).min() >= operands.act.lowest
     assert operands.act.lowest in (-(2**bits), 1 - 2**bits, 0)
+
+
+SIDES = [
+  (dict(signed=False), 0, 7),
+  (dict(signed=True), -7, 7),
+  (dict(signed=True, narrow_range=False), -8, 7),
+  (dict(signed=True, below=2 / 7), -2, 7),
+]
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16', 'float32'])
+@pytest.mark.parametrize(('sides', 'lowest', 'highest'), SIDES, ids=str)
+def test_a_settled_grid_is_the_one_that_was_trained(
+  sides, lowest, highest, dtype
+):
+  clip = 1.7
+  step = jnp.float32(clip / highest)
+  act = harden.FixedQuantizer(step, lowest, highest)
+  x = np.random.default_rng(0).normal(0, 1.5, 1000)
+  x = jnp.asarray([*x, -np.inf, np.inf, np.nan, 0, -0.0, clip], dtype)
+  expected = jax.jit(lambda x: quantize.quantize(x, step, clip, **sides))(x)
+  for quantizer in (act, jax.jit(act.__call__)):
+    got = quantizer(x)
+    assert got.dtype == expected.dtype
+    np.testing.assert_array_equal(
+      got.astype(jnp.float32), expected.astype(jnp.float32)
+    )
+  finite = x[jnp.isfinite(x)]
+  np.testing.assert_array_equal(
+    act.integers(finite), quantize.quantize_to_int(finite, step, clip, **sides)
+  )
+  assert act.signed == (lowest < 0)
+
+
+def test_bytes_are_no_input_of_a_grid():
+  act = harden.FixedQuantizer(jnp.float32(0.1), 0, 7)
+  with pytest.raises(TypeError, match='must be floating, not uint8'):
+    act(jnp.zeros(3, jnp.uint8))
+  with pytest.raises(TypeError, match='must be floating, not uint8'):
+    act.integers(jnp.zeros(3, jnp.uint8))
 
 
 def test_count_of_the_arrays_is_what_was_planned(built):
