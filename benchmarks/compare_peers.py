@@ -117,7 +117,7 @@ def arrays(model, config) -> dict[str, Any]:
     'macs': [layer.macs for layer in structure(config).layers.values()],
     'rate': config.finetune.optimizer.learning_rate,
     'labels': train.labels,
-    'test': pipeline.normalize(test.images, test),
+    'test': pipeline.normalize(np.asarray(test.images), test),
   }
   if config.data.name == 'digits':
     found['shifted'] = shifts(np.asarray(train.images), config.augment.shift)
