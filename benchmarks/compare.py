@@ -77,7 +77,8 @@ def contestants(base, budgets, shares=()):
     rules = [dict(rule) for rule in base.rules]
     return {'rules': [*rules, {'pattern': '*', **fields}]}
 
-  rows = dict(CONTROLS)
+  # Trained on for as long, to tell what longer training alone brings.
+  rows: dict[str, dict[str, Any]] = {'float': {'method': 'float'}, **CONTROLS}
   for name, control in CONTROLS.items():
     for variant in ('per channel', 'signed inputs'):
       rows[f'{name} {variant}'] = control | ruled(RULES[variant])

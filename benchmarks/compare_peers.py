@@ -17,6 +17,7 @@ library or its tests.  As in compare.py, runs that the file holds are skipped.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -29,6 +30,7 @@ from typing import Any
 
 import numpy as np
 from peers import counting
+from peers import feeding
 import result_files
 
 from djpq_jax import config as config_lib
@@ -47,9 +49,8 @@ PEERS = {
   'nncf': 'torch-pruning + NNCF INT8',
 }
 NO_BUDGET = ('qwix',)
-# DJPQ's controls leave the images eight bits and the last layer six.  qwix is
-# told the bits of the first layer, of those between, and of the last; brevitas
-# those of the weights of each layer / of its inputs, see `spelt_out`.
+# qwix is told the bits of the first layer, of those between, and of the last;
+# brevitas has in each layer what DJPQ's controls have there, see `spelt_out`.
 FIXED_BITS = {
   'brevitas': {'W4A4': '4', 'W3A3': '3', 'W2A2': '2'},
   'qwix': {
@@ -61,7 +62,8 @@ FIXED_BITS = {
     'W2A2, first W8A8, last W6A6': '8,2,6',
   },
 }
-ANY_NETWORK = ('brevitas',)  # others know that of the digits alone
+DIGITS = 'digits_cnn'
+NETWORKS = {'brevitas': (DIGITS, 'resnet20')}  # others know the digits' alone
 
 
 def interpreter(peer: str) -> pathlib.Path:
@@ -96,7 +98,8 @@ def versions(peer: str) -> dict[str, str]:
 
 def given(config) -> pathlib.Path:
   """The file that a peer begins with; its float model is trained once."""
-  path = MADE / f'{config.model.name}-seed{config.seed}.npz'
+  said = hashlib.sha256(config.to_json(sort_keys=True).encode()).hexdigest()
+  path = MADE / f'{config.model.name}-seed{config.seed}-{said[:8]}.npz'
   if not path.exists():
     model, accuracy = experiment.float_model(config)
     path.parent.mkdir(exist_ok=True)
@@ -111,11 +114,14 @@ def arrays(model, config) -> dict[str, Any]:
   Of the digits all shifts, with the teacher's logits; of other images there
   are too many, so they come as bytes that a peer moves itself.
   """
-  train, test = data.load(config.data.name, data_dir=config.data.dir or None)
+  train, test = images_of(config)
+  optimizer = config.finetune.optimizer
   found = weights(model) | {
     'network': config.model.name,
-    'macs': [layer.macs for layer in structure(config).layers.values()],
-    'rate': config.finetune.optimizer.learning_rate,
+    'macs': macs_of(experiment.dense_structure(config)),
+    'rate': optimizer.learning_rate,
+    'scale_rate': optimizer.quantizer_rate,
+    'statistics_batches': config.statistics_batches,
     'labels': train.labels,
     'test': pipeline.normalize(np.asarray(test.images), test),
   }
@@ -126,7 +132,8 @@ def arrays(model, config) -> dict[str, Any]:
     )
   else:
     found |= {'images': train.images, 'mean': train.mean, 'std': train.std}
-    found |= {'shift': config.augment.shift, 'batch': config.batch_size}
+    found |= {'batch': config.batch_size}
+    found |= {'shift': config.augment.shift, 'flip': config.augment.flip}
   return {name: np.asarray(value) for name, value in found.items()}
 
 
@@ -160,9 +167,35 @@ def convolutions(model) -> list[tuple[Any, Any]]:
   return found
 
 
-def structure(config):
-  """The graph of the float model."""
-  return experiment.dense_structure(config).graph
+def images_of(config):
+  """(training, test) images of a config."""
+  return data.load(
+    config.data.name,
+    data_dir=config.data.dir or None,
+    **config.data.kwargs,
+  )
+
+
+def macs_of(structure) -> list[int]:
+  """Of each layer of the float model."""
+  return [layer.macs for layer in structure.graph.layers.values()]
+
+
+def check(config, peers) -> None:
+  """Raises ValueError for what a peer cannot do as the config says it."""
+  for peer in peers:
+    if config.model.name not in NETWORKS.get(peer, (DIGITS,)):
+      raise ValueError(f'{peer} does not know the network {config.model.name}')
+  said = config.finetune.optimizer
+  for name, value, known in (
+    ('distill', config.finetune.distill, 0.5),
+    ('temperature', config.finetune.temperature, feeding.TEMPERATURE),
+    ('optimizer.warmup', said.warmup, feeding.WARMUP),
+    ('optimizer.weight_decay', said.weight_decay, feeding.DECAY),
+    ('optimizer.clip_norm', said.clip_norm, feeding.CLIP_NORM),
+  ):
+    if value != known:
+      raise ValueError(f'peers have a finetune.{name} of {known}, not {value}')
 
 
 def shifts(images: np.ndarray, reach: int) -> np.ndarray:
@@ -176,42 +209,45 @@ def shifts(images: np.ndarray, reach: int) -> np.ndarray:
   )
 
 
-def spelt_out(peer: str, bits: str, layers: int) -> str:
+def spelt_out(peer: str, bits: str, structure) -> str:
   """Bits of FIXED_BITS, as the script of a peer is told them.
 
-  >>> spelt_out('brevitas', '4', 3), spelt_out('qwix', '8,4,6', 3)
-  ('4,4,6/8,4,6', '8,4,6')
+  Of brevitas the bits of the weights of each layer / of its inputs, within
+  what the rules of the task allow, as `allocate.uniform` gives them.
   """
   if peer != 'brevitas':
     return bits
-  between = [bits] * (layers - 2)
-  return f'{",".join([bits, *between, "6"])}/{",".join(["8", *between, "6"])}'
+  layers = [structure.layers[name] for name in structure.graph.layers]
+  bounds = [
+    [one.weight_bits for one in layers],
+    [one.act_bits for one in layers],
+  ]
+  parts = [[int(np.clip(int(bits), *pair)) for pair in part] for part in bounds]
+  return '/'.join(','.join(map(str, part)) for part in parts)
 
 
 def contestants(
   peer: str,
   budgets: list[float],
-  macs: int,
+  structure,
   names: list[str] | None = None,
-  layers: int = 5,
 ) -> dict[str, str]:
   """Name -> target, as the script of the peer is told it.
 
   Args:
     peer: one of PEERS.
     budgets: relative BOPs, for peers that can be brought to them.
-    macs: of the float model.
+    structure: of the float model, from `experiment.dense_structure`.
     names: those of FIXED_BITS that are wanted; all of them unless given.
-    layers: of the float model.
   """
   fixed = FIXED_BITS.get(peer, {})
   found = {
-    f'{PEERS[peer]} {name}': spelt_out(peer, bits, layers)
+    f'{PEERS[peer]} {name}': spelt_out(peer, bits, structure)
     for name, bits in fixed.items()
     if names is None or name in names
   }
   if peer not in NO_BUDGET:
-    full = 32 * 32 * macs
+    full = 32 * 32 * structure.graph.float_macs
     found |= {f'{PEERS[peer]} @{b:.3%}': str(b * full) for b in budgets}
   return found
 
@@ -239,7 +275,7 @@ def figures(made, config, macs: int) -> dict:
   total, dense = counting.bops(made)
   if dense != 32 * 32 * macs:
     raise ValueError(f'a peer of {dense} BOPs, not of {32 * 32 * macs}')
-  _, test = data.load(config.data.name, data_dir=config.data.dir or None)
+  _, test = images_of(config)
   layers = range(sum(name.startswith('act_bits') for name in made))
   bits = {
     f'mean_{what}_bits': [
@@ -269,16 +305,15 @@ def main():
   parser.add_argument('--out', required=True, type=pathlib.Path)
   args = parser.parse_args()
   base = config_lib.load(args.config, args.set)
-  graph = structure(base)
-  macs = graph.float_macs
-  for peer in args.peers:
-    if base.model.name != 'digits_cnn' and peer not in ANY_NETWORK:
-      parser.error(f'{peer} knows the network of configs/digits.py alone')
+  try:
+    check(base, args.peers)
+  except ValueError as error:
+    parser.error(str(error))
+  structure = experiment.dense_structure(base)
+  macs = structure.graph.float_macs
   commit = result_files.commit()  # before this writes to a file of them
   for seed, peer in itertools.product(args.seeds, args.peers):
-    targets = contestants(
-      peer, args.budgets, macs, args.fixed, len(graph.layers)
-    )
+    targets = contestants(peer, args.budgets, structure, args.fixed)
     runs = result_files.runs_of(args.out)
     done = {(r['contestant'], r['seed']) for r in runs}
     left = [name for name in targets if (name, seed) not in done]

@@ -12,6 +12,7 @@ import dataclasses
 from typing import Any
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -50,21 +51,30 @@ class FixedQuantizer(nnx.Module):
     self.highest = highest
 
   def __call__(self, x):
-    """Float array -> multiples of the step, same shape and dtype."""
-    steps = self._steps(x)
-    return (self.step[...].astype(steps.dtype) * steps).astype(x.dtype)
+    """Float array -> multiples of the step, same shape and dtype.
+
+    The derivative is straight-through: 1 between the outermost levels, else 0.
+    """
+    x = jnp.asarray(x)
+    exact, inside = self._steps(x)
+    steps = jax.lax.stop_gradient(jnp.round(inside))
+    steps += inside - jax.lax.stop_gradient(inside)  # 0, with the derivative
+    return (exact * steps).astype(x.dtype)
 
   def integers(self, x):
     """The steps n, int32 of x's shape, for which `self(x)` is step * n."""
-    return self._steps(x).astype(jnp.int32)
+    _, inside = self._steps(jnp.asarray(x))
+    return jax.lax.stop_gradient(jnp.round(inside)).astype(jnp.int32)
 
   def _steps(self, x):
+    """The step in the dtype to compute in, and x over it, between the ends."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
       raise TypeError(f'inputs must be floating, not {x.dtype}')
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = jnp.float64 if x.dtype == 'float64' else jnp.float32
+    step = self.step[...].astype(dtype)
     # As `ops.quantize` does it: a quotient rounds otherwise now and then.
-    steps = jnp.round(x.astype(dtype) * (1 / self.step[...].astype(dtype)))
-    return jnp.clip(steps, self.lowest, self.highest)
+    inside = jnp.clip(x.astype(dtype) * (1 / step), self.lowest, self.highest)
+    return step, inside
 
   @property
   def signed(self) -> bool:

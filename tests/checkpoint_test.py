@@ -398,6 +398,13 @@ def test_version_6_predicts_what_it_did(of_version_6):
   np.testing.assert_allclose(logits[:2], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize('below', [10**400, 1e9, -1, 'much'])
+def test_version_6_with_levels_that_cannot_be(of_version_6, below):
+  edit(of_version_6, asymmetric_inputs={'head': below})
+  with pytest.raises(checkpoint.ArtifactError, match='does not fit the model'):
+    load(of_version_6, Gelu)
+
+
 @pytest.mark.parametrize(
   'name', ['signed_inputs', 'uneven_inputs', 'asymmetric_inputs']
 )
@@ -463,6 +470,12 @@ def test_what_would_fill_memory_is_refused(artifact, monkeypatch):
     {'inputs': 3},
     {'inputs': {'conv': [0], 'head': [0, 1]}},
     {'inputs': {'conv': ['0', '1'], 'head': [0, 1]}},
+    {'inputs': {'conv': [0, 10**400], 'head': [0, 1]}},
+    {'inputs': {'conv': [0, 2**24], 'head': [0, 1]}},
+    {'inputs': {'conv': [3, -3], 'head': [0, 1]}},
+    {'inputs': {'conv': [False, True], 'head': [0, 1]}},
+    {'inputs': {'conv': [-1, 0.5], 'head': [0, 1]}},
+    {'inputs': {'conv': [-1, 1], 'head': [0, 1], 'else': [0, 1]}},
     {'reasons': {}},
   ],
   ids=lambda changes: '-'.join(f'{k}={v}' for k, v in changes.items())[:30],

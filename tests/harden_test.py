@@ -121,6 +121,28 @@ def test_a_settled_grid_is_the_one_that_was_trained(
   assert act.signed == (lowest < 0)
 
 
+def test_the_derivative_of_a_settled_grid_is_straight_through():
+  act = harden.FixedQuantizer(jnp.float32(0.5), -2, 3)
+  x = jnp.array([-9, -0.9, -0.2, 0, 0.7, 1.4, 2.0])
+  slopes = jax.vmap(jax.grad(act.__call__))(x)
+  np.testing.assert_array_equal(slopes, [0, 1, 1, 1, 1, 1, 0])
+
+
+@pytest.mark.parametrize(
+  'x', [0.7, [0.7], np.float64(0.7), np.array([0.7]), np.array(0.7, 'float16')]
+)
+def test_a_settled_grid_takes_what_jax_takes(x):
+  act = harden.FixedQuantizer(jnp.float32(0.5), -2, 3)
+  np.testing.assert_array_equal(act(x), np.full(np.shape(x), 0.5, 'float16'))
+  np.testing.assert_array_equal(act.integers(x), np.full(np.shape(x), 1))
+
+
+def test_layers_of_bfloat16_without_implicit_promotion():
+  with jax.numpy_dtype_promotion('strict'):
+    act = harden.FixedQuantizer(jnp.float32(0.5), -2, 3)
+    assert act(jnp.full(3, 0.7, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
 def test_bytes_are_no_input_of_a_grid():
   act = harden.FixedQuantizer(jnp.float32(0.1), 0, 7)
   with pytest.raises(TypeError, match='must be floating, not uint8'):

@@ -1,14 +1,18 @@
 """What other libraries are told, and how what they return is counted."""
 
+import functools
 import importlib
 import pathlib
 
 import numpy as np
 import pytest
 
+from djpq_jax import allocate
+from djpq_jax import compress
 from djpq_jax import config as config_lib
 from djpq_jax import cost
 from djpq_jax import evaluation
+from djpq_jax import experiment
 from djpq_jax import models
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / 'benchmarks'
@@ -149,32 +153,57 @@ def test_a_budget_takes_the_lowest_loss_within_it_not_the_nearest(searching):
   assert searching.best(runs, 50)['bops'] == 80  # what comes nearest to it
 
 
+@functools.cache
+def structure(name='digits'):
+  config = config_lib.load(f'configs/{name}.py')
+  return experiment.dense_structure(config)
+
+
 def test_a_peer_of_learned_bits_is_told_the_bops_of_each_budget(compare_peers):
-  found = compare_peers.contestants('hgq2', [0.002, 0.001], macs=1000)
-  assert found == {'HGQ2 @0.200%': '2048.0', 'HGQ2 @0.100%': '1024.0'}
+  found = compare_peers.contestants('hgq2', [0.002, 0.001], structure())
+  full = 1024 * structure().graph.float_macs
+  assert found == {
+    'HGQ2 @0.200%': str(0.002 * full),
+    'HGQ2 @0.100%': str(0.001 * full),
+  }
 
 
 def test_a_peer_of_fixed_bits_has_the_same_contestants_at_any_budget(
   compare_peers,
 ):
-  found = compare_peers.contestants('qwix', [0.002], macs=1000)
-  assert found == compare_peers.contestants('qwix', [], macs=1)
+  found = compare_peers.contestants('qwix', [0.002], structure())
+  assert found == compare_peers.contestants('qwix', [], structure())
   assert found['qwix W4A4'] == '4,4,4'
 
 
 def test_a_peer_can_have_both_fixed_bits_and_budgets(compare_peers):
-  found = compare_peers.contestants('brevitas', [0.005], macs=1000)
-  assert found['brevitas @0.500%'] == '5120.0'
-  weights, inputs = found['brevitas W2A2'].split('/')
-  assert weights.split(',') == ['2', '2', '2', '2', '6']
-  assert inputs.split(',') == ['8', '2', '2', '2', '6']
+  found = compare_peers.contestants('brevitas', [0.005], structure())
+  full = 1024 * structure().graph.float_macs
+  assert found['brevitas @0.500%'] == str(0.005 * full)
+  assert found['brevitas W2A2'] == '2,2,2,2,6/8,2,2,2,6'
 
 
-def test_fixed_bits_are_those_of_the_controls_in_any_network(compare_peers):
-  found = compare_peers.contestants('brevitas', [], 1000, ['W3A3'], layers=20)
-  weights, inputs = found['brevitas W3A3'].split('/')
-  assert weights.split(',') == ['3'] * 19 + ['6']
-  assert inputs.split(',') == ['8'] + ['3'] * 18 + ['6']
+@pytest.mark.parametrize('name', ['digits', 'resnet20_cifar10'])
+def test_fixed_bits_are_those_of_the_controls(compare_peers, name):
+  found = compare_peers.contestants('brevitas', [], structure(name), ['W3A3'])
+  config = config_lib.load(f'configs/{name}.py')
+  model = models.create(config.model.name, seed=0)
+  x = np.zeros((2, *model.input_shape), np.float32)
+  net = compress.compress(model, experiment.rules_of(config), x)
+  plan = allocate.uniform(net, 3, 3)
+  expected = [list(plan.weight_bits.values()), list(plan.act_bits.values())]
+  told = [part.split(',') for part in found['brevitas W3A3'].split('/')]
+  assert [[int(n) for n in part] for part in told] == expected
+
+
+def test_peers_refuse_what_they_do_not_do_as_the_config_says(compare_peers):
+  config = config_lib.load('configs/resnet20_cifar10.py')
+  compare_peers.check(config, ['brevitas'])
+  with pytest.raises(ValueError, match=r'qwix does not know .* resnet20'):
+    compare_peers.check(config, ['brevitas', 'qwix'])
+  config = config_lib.change(config, finetune={'temperature': 3.0})
+  with pytest.raises(ValueError, match=r'finetune.temperature of 2.0, not 3.0'):
+    compare_peers.check(config, ['brevitas'])
 
 
 def crops(feeding, seed):
@@ -188,6 +217,7 @@ def crops(feeding, seed):
       'std': np.ones(3, np.float32) / 255,
       'batch': 4,
       'shift': 2,
+      'flip': True,
     },
     seed,
     teacher=lambda images: images.sum((1, 2)),
@@ -225,9 +255,9 @@ def test_crops_follow_from_the_seed(feeding):
 
 
 def test_rows_of_fixed_bits_can_be_chosen(compare_peers):
-  found = compare_peers.contestants('brevitas', [], macs=1000, names=['W2A2'])
+  found = compare_peers.contestants('brevitas', [], structure(), ['W2A2'])
   assert list(found) == ['brevitas W2A2']
-  found = compare_peers.contestants('brevitas', [0.005], macs=1000, names=[])
+  found = compare_peers.contestants('brevitas', [0.005], structure(), [])
   assert list(found) == ['brevitas @0.500%']
 
 

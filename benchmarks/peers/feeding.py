@@ -49,6 +49,7 @@ class Crops:
   def __init__(self, given, seed: int, teacher):
     self.given, self.teacher = given, teacher
     self.batch, self.shift = int(given['batch']), int(given['shift'])
+    self.flip = bool(given['flip'])
     self.rng = np.random.default_rng(seed)
 
   def __len__(self):
@@ -64,12 +65,12 @@ class Crops:
       yield moved, labels[rows], self.teacher(moved)
 
   def changed(self, images):
-    """Moves each image, zeros come in, and mirrors half of them."""
+    """Moves each image, zeros come in, and mirrors half of them if asked."""
     height, width = images.shape[1:3]
     edge = (self.shift, self.shift)
     padded = np.pad(images, [(0, 0), edge, edge, (0, 0)])
     corners = self.rng.integers(0, 2 * self.shift + 1, (len(images), 2))
-    mirrored = self.rng.random(len(images)) < 0.5
+    mirrored = self.flip & (self.rng.random(len(images)) < 0.5)
     return np.stack(
       [
         one[y : y + height, x : x + width][:, :: -1 if mirror else 1]

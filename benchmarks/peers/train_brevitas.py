@@ -123,14 +123,22 @@ def trained(given, model, epochs: int, seed: int, coefficient=None) -> dict:
     total = sum(count * weight * act for count, weight, act in uses)
     return coefficient * total / (32 * 32 * macs.sum())
 
-  bits = [p for n, p in model.named_parameters() if 'bit_width' in n]
+  def named(part):
+    return [p for name, p in model.named_parameters() if part in name]
+
+  bits, scales = named('bit_width'), named('scaling')
+  own = [(scales, float(given['scale_rate'])), (bits, BITS_RATE * rate)]
+  batches = task.batches(given, seed)
   training_torch.train(
     model,
-    task.batches(given, seed),
+    batches,
     epochs,
     rate=rate,
-    own=[(bits, BITS_RATE * rate)] if bits else [],
+    own=[kind for kind in own if kind[0]],
     extra=cost if bits else None,
+  )
+  training_torch.estimate_statistics(
+    model, batches, int(given['statistics_batches'])
   )
   made = {
     'logits': training_torch.logits(model, given['test']),

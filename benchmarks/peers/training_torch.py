@@ -1,5 +1,6 @@
 """What networks in torch share: weights from flax, and their training."""
 
+import itertools
 import math
 
 import feeding
@@ -42,13 +43,16 @@ def train(
 
   Args:
     model: images -> logits; trained in place.
-    batches: a `feeding.Batches`.
+    batches: a `feeding.Batches` or `feeding.Crops`.
     epochs: of them.
     rate: the highest rate of learning.
-    own: (parameters, rate) with a rate of their own.
+    own: (parameters, rate) with a rate of their own, whose gradients are not
+      clipped.
     extra: () -> what is added to the loss.
   """
-  optimizer = torch.optim.AdamW(groups(model, rate, own))
+  kinds = groups(model, rate, own)
+  optimizer = torch.optim.AdamW(kinds)
+  clipped = [parameter for kind in kinds[:2] for parameter in kind['params']]
   steps = epochs * len(batches)
   warm = max(1, round(feeding.WARMUP * steps))
 
@@ -68,9 +72,21 @@ def train(
         total = total + extra()
       optimizer.zero_grad()
       total.backward()
-      nn.utils.clip_grad_norm_(model.parameters(), feeding.CLIP_NORM)
+      nn.utils.clip_grad_norm_(clipped, feeding.CLIP_NORM)
       optimizer.step()
       scheduler.step()
+
+
+@torch.no_grad()
+def estimate_statistics(model, batches, count: int):
+  """Replaces batch-norm statistics by their mean over some batches."""
+  norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+  for norm in norms:
+    norm.reset_running_stats()
+    norm.momentum = None  # the mean of all
+  model.train()
+  for images, *_ in itertools.islice(batches.epoch(), count):
+    model(from_flax(images))
 
 
 def groups(model, rate: float, own) -> list[dict]:

@@ -143,7 +143,10 @@ def load(folder, dense) -> harden.HardenedModel:
     if manifest['version'] < older.LEVELS_SINCE:
       manifest['inputs'] = older.inputs(manifest, values)
     return contents.filled(contents.skeleton(manifest, dense), values)
-  except (AttributeError, LookupError, TypeError, ValueError) as error:
+  except (
+    *(ArithmeticError, AttributeError, LookupError),
+    *(TypeError, ValueError),
+  ) as error:
     raise ArtifactError(
       f'{folder} does not fit the model: {files.first_line(error)}'
     ) from error

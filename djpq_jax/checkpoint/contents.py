@@ -1,7 +1,6 @@
 """The arrays of a hardened model, as they are stored and as it holds them."""
 
 from collections.abc import Mapping
-import operator
 
 from flax import nnx
 import jax
@@ -17,6 +16,7 @@ from djpq_jax.checkpoint import packing
 from djpq_jax.checkpoint import program as program_lib
 
 PACKED = 'packed'  # the array of all integers
+LEVELS = 2**24  # above zero or below it; float32 has no more whole numbers
 
 
 def packed(
@@ -84,6 +84,14 @@ def inputs(model: harden.HardenedModel) -> dict[str, tuple[int, int]]:
   }
 
 
+def _ends(lowest: int, highest: int) -> tuple[int, int]:
+  """The outermost levels of an input, if they can be that."""
+  whole = all(type(end) is int for end in (lowest, highest))
+  if not whole or not -LEVELS < lowest <= 0 <= highest < LEVELS:
+    raise ValueError(f'no input has the levels {lowest} to {highest}'[:99])
+  return lowest, highest
+
+
 def skeleton(manifest, dense) -> harden.HardenedModel:
   """The hardened model with shapes in place of arrays."""
   plan = compress.Plan.from_json(manifest['plan'])
@@ -101,10 +109,10 @@ def skeleton(manifest, dense) -> harden.HardenedModel:
     )
     for g in graph.groups
   )
-  levels = {
-    path: tuple(map(operator.index, ends))  # whole numbers, or it raises
-    for path, ends in manifest['inputs'].items()
-  }
+  levels = {path: _ends(*ends) for path, ends in manifest['inputs'].items()}
+  unknown = levels.keys() - graph.layers.keys()
+  if unknown:
+    raise ValueError(f'it has no layer {min(unknown)}')
   settings = {
     p: compress.LayerSettings(quantize=p in levels) for p in graph.layers
   }
