@@ -14,7 +14,7 @@ class Digits(nn.Module):
   """Four convolutions with batch norm, a pooling after two, and a linear layer.
 
   Args:
-    given: arrays from benchmarks/compare_peers.py; their weights are put in.
+    given: arrays from benchmarks/peer_arrays.py; their weights are put in.
     conv: (layer, channels in, out) -> a convolution without a bias.
     linear: (features in, out) -> a linear layer.
     relu: layer -> the module after each batch norm.

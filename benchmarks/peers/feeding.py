@@ -13,7 +13,7 @@ class Batches:
   """Shifted images, with labels and what the teacher says of them.
 
   Args:
-    given: arrays from benchmarks/compare_peers.py.
+    given: arrays from benchmarks/peer_arrays.py.
     seed: of order and shifts.
   """
 
@@ -41,7 +41,7 @@ class Crops:
   """Images moved and mirrored anew each time, and what a teacher says of them.
 
   Args:
-    given: arrays from benchmarks/compare_peers.py.
+    given: arrays from benchmarks/peer_arrays.py.
     seed: of order, shifts and mirrors.
     teacher: images [B, H, W, C] -> logits [B, classes].
   """

@@ -13,7 +13,7 @@ class ResNet(nn.Module):
   """6n + 2 layers, with shortcuts that have no parameters (option A).
 
   Args:
-    given: arrays from benchmarks/compare_peers.py; their weights are put in.
+    given: arrays from benchmarks/peer_arrays.py; their weights are put in.
     conv: (layer, channels in, out, stride) -> a convolution without a bias.
     linear: (features in, out) -> a linear layer.
     entry: layer -> the module that its input passes first.

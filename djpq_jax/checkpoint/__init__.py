@@ -46,6 +46,15 @@ __all__ = [
   'size_bytes',
 ]
 
+# What an index raises that does not fit the model, or says what cannot be.
+_MISFITS = (
+  ArithmeticError,
+  AttributeError,
+  LookupError,
+  TypeError,
+  ValueError,
+)
+
 
 def save(
   folder,
@@ -143,10 +152,7 @@ def load(folder, dense) -> harden.HardenedModel:
     if manifest['version'] < older.LEVELS_SINCE:
       manifest['inputs'] = older.inputs(manifest, values)
     return contents.filled(contents.skeleton(manifest, dense), values)
-  except (
-    *(ArithmeticError, AttributeError, LookupError),
-    *(TypeError, ValueError),
-  ) as error:
+  except _MISFITS as error:
     raise ArtifactError(
       f'{folder} does not fit the model: {files.first_line(error)}'
     ) from error

@@ -29,7 +29,8 @@ def layer_input(t, eqn, values):
   x = values[0]
   if not isinstance(x, Tensor):
     x = t.full(x, eqn.invars[0].aval.shape)
-  if grid.highest > (INT8_LEVELS if grid.signed else UINT8_LEVELS):
+  most = INT8_LEVELS if grid.signed else UINT8_LEVELS
+  if grid.highest > most or grid.lowest < -INT8_LEVELS - 1:
     t.float_layers[layer] = f'its inputs have {grid.bits()} bits'
     return _rounded(t, x, grid)
   # One type for all: ONNX Runtime fuses no layer from one type to another.
