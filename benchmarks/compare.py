@@ -10,6 +10,7 @@ so an interrupted comparison goes on where it stopped.
 """
 
 import argparse
+import difflib
 import pathlib
 import tempfile
 import time
@@ -223,6 +224,13 @@ def main():
   base = config_lib.load(args.config, args.set)
   rows = contestants(base, args.budgets or [base.budget], args.two_stage_macs)
   done = {(r['contestant'], r['seed']) for r in result_files.runs_of(args.out)}
+  unknown = [name for name in args.only or () if name not in rows]
+  if unknown:
+    near = difflib.get_close_matches(unknown[0], rows, n=3)
+    parser.error(
+      f'there is no contestant {unknown[0]!r} at these budgets'
+      + (f'; near: {", ".join(near)}' if near else '')
+    )
   wanted = [n for n in rows if not args.only or n in args.only]
   for seed in args.seeds:
     if all((name, seed) in done for name in wanted):

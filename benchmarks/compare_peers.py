@@ -213,8 +213,9 @@ def main():
   parser.add_argument('--peers', choices=list(PEERS), nargs='+', required=True)
   parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
   parser.add_argument('--budgets', type=float, nargs='*', default=[0.002])
+  fixed = dict.fromkeys(name for bits in FIXED_BITS.values() for name in bits)
   parser.add_argument(
-    '--fixed', nargs='*', help='names of FIXED_BITS; all unless given'
+    '--fixed', nargs='*', choices=list(fixed), help='all unless given'
   )
   parser.add_argument('--out', required=True, type=pathlib.Path)
   args = parser.parse_args()

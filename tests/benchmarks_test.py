@@ -83,6 +83,14 @@ def test_contestants_share_a_float_model_and_meet_the_budget(
     command('compare', *always, 'W8A8', '--set', 'batch_size=16')
 
 
+def test_a_contestant_that_there_is_not_is_an_error(command, capsys):
+  with pytest.raises(SystemExit):
+    command('compare', '--budgets', '0.004463', '--only', 'DJPQ @0.4463%')
+  told = capsys.readouterr().err
+  assert "there is no contestant 'DJPQ @0.4463%' at these budgets" in told
+  assert 'near: DJPQ @0.446%' in told
+
+
 def test_files_tell_all_commands_that_added_to_them(command, monkeypatch):
   monkeypatch.setenv('GLIBC_TUNABLES', 'glibc.malloc.hugetlb=1')
   flags = '--xla_force_host_platform_device_count=4 --xla_dump_to='
