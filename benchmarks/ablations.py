@@ -29,22 +29,17 @@ SAMPLE: dict[str, Any] = {}  # 'images' that a plan is measured on
 AVERAGED = 0.05  # of a phase's steps: what an average of weights looks back on
 
 
-def _steps_alone(self, *, restricted: bool = True):
-  """Bits whose gradient reaches the step alone."""
-  if self.fixed_bits is not None:
-    return self.fixed_bits
-  step, clip, exponent = self.grid(restricted=restricted)
-  clip = jax.lax.stop_gradient(clip)
-  return jnp.max(quantize.bit_width(step, clip, exponent, **self.extent))
+def _bits_held(held: int):
+  """Bits whose gradient misses one part of a grid: 0 the step, 1 the clip."""
 
+  def bits(self, *, restricted: bool = True):
+    if self.fixed_bits is not None:
+      return self.fixed_bits
+    grid = list(self.grid(restricted=restricted))
+    grid[held] = jax.lax.stop_gradient(grid[held])
+    return jnp.max(quantize.bit_width(*grid, **self.extent))
 
-def _clips_alone(self, *, restricted: bool = True):
-  """Bits whose gradient reaches the clip (and the exponent) alone."""
-  if self.fixed_bits is not None:
-    return self.fixed_bits
-  step, clip, exponent = self.grid(restricted=restricted)
-  step = jax.lax.stop_gradient(step)
-  return jnp.max(quantize.bit_width(step, clip, exponent, **self.extent))
+  return bits
 
 
 def _means(found, key, batch: int):
@@ -150,8 +145,8 @@ _MODEL_OF = train.model_of
 
 # Name -> what is replaced: (where, attribute, by what).
 PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
-  'BOPs move steps alone': [(layers.Quantizer, 'bits', _steps_alone)],
-  'BOPs move clips alone': [(layers.Quantizer, 'bits', _clips_alone)],
+  'BOPs move steps alone': [(layers.Quantizer, 'bits', _bits_held(1))],
+  'BOPs move clips alone': [(layers.Quantizer, 'bits', _bits_held(0))],
   'gates without noise': [(layers, 'sample', _means)],
   'damped weights': [
     (step_lib, 'total_loss', _damped_loss),

@@ -72,7 +72,15 @@ def contestants(base, budgets, shares=()):
     budgets: relative BOPs.
     shares: MACs that two-stage may leave after its first stage, in place of
       what `base` says; how much to prune is that method's to guess.
+
+  Raises:
+    ValueError: two budgets or two shares would have one name.
   """
+  names = [f'{budget:.3%}' for budget in budgets]
+  names += [f'{share:.0%} of the MACs' for share in shares]
+  twice = [name for name in names if names.count(name) > 1]
+  if twice:
+    raise ValueError(f'two budgets or shares would have one name, {twice[0]}')
 
   def ruled(fields):
     rules = [dict(rule) for rule in base.rules]
@@ -222,8 +230,10 @@ def main():
   parser.add_argument('--out', required=True, type=pathlib.Path)
   args = parser.parse_args()
   base = config_lib.load(args.config, args.set)
-  rows = contestants(base, args.budgets or [base.budget], args.two_stage_macs)
-  done = {(r['contestant'], r['seed']) for r in result_files.runs_of(args.out)}
+  try:
+    rows = contestants(base, args.budgets or [base.budget], args.two_stage_macs)
+  except ValueError as error:
+    parser.error(str(error))
   unknown = [name for name in args.only or () if name not in rows]
   if unknown:
     near = difflib.get_close_matches(unknown[0], rows, n=3)
@@ -231,27 +241,34 @@ def main():
       f'there is no contestant {unknown[0]!r} at these budgets'
       + (f'; near: {", ".join(near)}' if near else '')
     )
-  wanted = [n for n in rows if not args.only or n in args.only]
+  wanted = {
+    (name, seed): config_lib.change(base, seed=seed, **rows[name])
+    for seed in args.seeds
+    for name in rows
+    if not args.only or name in args.only
+  }
+  told = {key: result_files.settings(config) for key, config in wanted.items()}
+  done = result_files.finished(args.out, ('contestant', 'seed'), told)
   for seed in args.seeds:
-    if all((name, seed) in done for name in wanted):
+    left = [key for key in wanted if key[1] == seed and key not in done]
+    if not left:
       continue
     config = config_lib.change(base, seed=seed)
-    model, accuracy = float_model(config, args.float_dir)
-    print(f'seed {seed}: float {accuracy:.2%}', flush=True)
-    for name in wanted:
-      if (name, seed) in done:
-        continue
-      changed = config_lib.change(config, **rows[name])
-      run = {'contestant': name, 'seed': seed, 'commit': result_files.commit()}
+    model, float_accuracy = float_model(config, args.float_dir)
+    print(f'seed {seed}: float {float_accuracy:.2%}', flush=True)
+    for key in left:
+      name, _ = key
+      run = {'contestant': name, 'seed': seed, 'settings': told[key]}
+      run |= {'commit': result_files.commit()}
       try:
         with ablations.patched(name.partition(' @')[0]):
-          run |= one(changed, model, accuracy)
-        told = f'{run["accuracy"]:.2%} at {run["relative_bops"]:.4%}'
+          run |= one(wanted[key], model, float_accuracy)
+        said = f'{run["accuracy"]:.2%} at {run["relative_bops"]:.4%}'
       except (ValueError, train.TrainingError) as error:
         # As a budget that bits alone cannot reach: one sentence for the user.
-        run['error'] = told = f'{type(error).__name__}: {error}'
+        run['error'] = said = f'{type(error).__name__}: {error}'
       result_files.add(args.out, [run], config=args.config)
-      print(f'seed {seed}: {name} {told}', flush=True)
+      print(f'seed {seed}: {name} {said}', flush=True)
   print(table(result_files.runs_of(args.out)))
 
 

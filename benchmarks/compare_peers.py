@@ -229,16 +229,22 @@ def main():
   commit = result_files.commit()  # before this writes to a file of them
   for seed, peer in itertools.product(args.seeds, args.peers):
     targets = contestants(peer, args.budgets, structure, args.fixed)
-    runs = result_files.runs_of(args.out)
-    done = {(r['contestant'], r['seed']) for r in runs}
+    config = config_lib.change(base, seed=seed)
+    told = {
+      (name, seed): f'{result_files.settings(config)}, {target}'
+      for name, target in targets.items()
+    }
+    done = result_files.finished(args.out, ('contestant', 'seed'), told)
     left = [name for name in targets if (name, seed) not in done]
     if not left:
       continue
-    config = config_lib.change(base, seed=seed)
     found = trained(peer, config, [targets[n] for n in left], macs)
     float_accuracy = float(np.load(given(config))['float_accuracy'])
     of_all = {'seed': seed, 'commit': commit, 'float_accuracy': float_accuracy}
-    new = [{'contestant': n} | of_all | run for n, run in zip(left, found)]
+    new = [
+      {'contestant': n, 'settings': told[n, seed]} | of_all | run
+      for n, run in zip(left, found)
+    ]
     for run in new:
       print(json.dumps(run), flush=True)
     result_files.add(args.out, new, versions(peer), config=args.config)

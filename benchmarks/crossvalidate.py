@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import itertools
 import pathlib
+from typing import Any
 
 import ablations
 import compare
@@ -75,6 +76,8 @@ def settings(variant: str, source: str, always: list[str]):
   name, colon, overrides = variant.partition(':')
   config = config_lib.load(source, [*always, *overrides.split()])
   if colon:
+    if name in ablations.PATCHES:
+      raise SystemExit(f'{name!r} of ablations.py takes no overrides')
     return name, config
   if name in ablations.PATCHES:
     return name, config
@@ -135,21 +138,33 @@ def main():
   parser.add_argument('--seeds', type=int, nargs='+', default=[100])
   parser.add_argument('--out', type=pathlib.Path, required=True)
   args = parser.parse_args()
-  runs = result_files.runs_of(args.out)
-  done = {(r['variant'], r['seed'], r['fold']) for r in runs}
-  for seed, fold in itertools.product(args.seeds, range(args.folds)):
+  fields = 'variant', 'seed', 'fold'
+  wanted: dict[tuple, Any] = {}
+  for seed in args.seeds:
     always = [*args.set, f'seed={seed}']
-    variants = dict(settings(v, args.config, always) for v in args.variant)
-    missing = [name for name in variants if (name, seed, fold) not in done]
+    found = [settings(v, args.config, always) for v in args.variant]
+    if len(dict(found)) < len(found):
+      raise SystemExit('two variants have one name')
+    wanted |= {
+      (name, seed, fold): config
+      for fold, (name, config) in itertools.product(range(args.folds), found)
+    }
+  told = {
+    key: f'{result_files.settings(config)}, {args.folds} folds'
+    for key, config in wanted.items()
+  }
+  done = result_files.finished(args.out, fields, told)
+  for seed, fold in itertools.product(args.seeds, range(args.folds)):
+    missing = [k for k in wanted if k[1:] == (seed, fold) and k not in done]
     if not missing:
       continue
-    base = config_lib.load(args.config, always)
+    base = config_lib.load(args.config, [*args.set, f'seed={seed}'])
     run = prepare(base, fold, args.folds)
     model = phases.train_float(run, setting.dense_model(run))
-    for name in missing:
-      with ablations.patched(name):
-        found = one(variants[name], fold, args.folds, model)
-      row = {'variant': name, 'seed': seed, 'fold': fold} | found
+    for key in missing:
+      row = dict(zip(fields, key)) | {'settings': told[key]}
+      with ablations.patched(key[0]):
+        row |= one(wanted[key], fold, args.folds, model)
       result_files.add(args.out, [row | {'commit': result_files.commit()}])
       print(row, flush=True)
   print(table(result_files.runs_of(args.out)))

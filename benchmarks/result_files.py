@@ -1,5 +1,9 @@
 """Result files: what made the figures of a benchmark, and how it is told."""
 
+from collections.abc import Iterator, Mapping
+import contextlib
+import fcntl
+import hashlib
 import json
 import os
 import pathlib
@@ -7,11 +11,15 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 import flax
 import jax
 import numpy as np
+
+from djpq_jax import config as config_lib
+from djpq_jax import files
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / 'benchmarks' / 'results'
@@ -42,12 +50,18 @@ def made(found: dict) -> str:
     machine.append(f'{found["threads"]} thread(s)')
   versions = made[0]['versions'].items()
   said = (
-    '; '.join(f'`{command}`' for command in dict.fromkeys(commands))
-    + f', commit {", ".join(sorted(commits))}, {", ".join(machine)}, '
+    f'Commit {", ".join(sorted(commits))}; {", ".join(machine)}; '
     + ', '.join(f'{name} {version}' for name, version in versions)
     + '.'
   )
-  return '\n\n'.join([said, *(m['note'] for m in made if 'note' in m)]) + '\n'
+  return '\n\n'.join(
+    [
+      '<details><summary>How it was made</summary>',
+      '\n'.join(['```sh', *dict.fromkeys(commands), '```']),
+      *(said, *(m['note'] for m in made if 'note' in m)),
+      '</details>\n',
+    ]
+  )
 
 
 def commit() -> str:
@@ -98,15 +112,76 @@ def add(path: pathlib.Path, runs: list[dict], versions=(), **about) -> None:
   made = environment()
   command = made.pop('command')
   result: dict[str, Any] = {'environment': made, **about, 'runs': []}
-  if path.exists():  # another process may have written to it
-    result = json.loads(path.read_text())
-  made = result['environment']
-  commands = made.setdefault('commands', [])
-  if 'command' in made:
-    commands.append(made.pop('command'))
-  if command not in commands:
-    commands.append(command)
-  made['versions'] |= dict(versions)
-  result['runs'] += runs
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(result, indent=1) + '\n')
+  with _alone(path):
+    if path.exists():
+      result = json.loads(path.read_text())
+    made = result['environment']
+    commands = made.setdefault('commands', [])
+    if 'command' in made:
+      commands.append(made.pop('command'))
+    if command not in commands:
+      commands.append(command)
+    made['versions'] |= dict(versions)
+    result['runs'] += runs
+    files.replace(path, (json.dumps(result, indent=1) + '\n').encode())
+
+
+@contextlib.contextmanager
+def _alone(path: pathlib.Path):
+  """No other process adds to the same file meanwhile."""
+  lock = pathlib.Path(tempfile.gettempdir()) / (
+    'results-' + hashlib.sha256(bytes(path.resolve())).hexdigest()[:16]
+  )
+  with lock.open('w') as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    yield
+
+
+PLACES = ('data.dir', 'model.weights')  # where data are changes no figure
+
+
+def settings(config) -> str:
+  """A hash of what a config says otherwise than the default one."""
+  default = dict(_flat(config_lib.default().to_dict()))
+  fields = _flat(config.to_dict())
+  told = sorted(
+    (name, str(value))
+    for name, value in fields
+    if name not in PLACES and value != default.get(name)
+  )
+  return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
+
+
+def _flat(fields: Mapping, prefix: str = '') -> Iterator[tuple[str, Any]]:
+  for name, value in fields.items():
+    if isinstance(value, Mapping):
+      yield from _flat(value, f'{prefix}{name}.')
+    else:
+      yield f'{prefix}{name}', value
+
+
+def finished(path: pathlib.Path, fields: tuple[str, ...], wanted) -> set[tuple]:
+  """Which runs a result file holds.
+
+  Args:
+    path: of the file.
+    fields: of a run, that tell it from the others.
+    wanted: these fields' values -> `settings` of what would be run.
+
+  Raises:
+    SystemExit: the file has one of them with other settings.
+  """
+  done = set()
+  for run in runs_of(path):
+    found = tuple(run[field] for field in fields)
+    if found not in wanted:
+      continue
+    # Older files do not tell.
+    if run.get('settings', wanted[found]) != wanted[found]:
+      raise SystemExit(
+        f'{path} has {", ".join(map(str, found))} with other settings: choose '
+        'another --out'
+      )
+    done.add(found)
+  return done

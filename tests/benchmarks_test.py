@@ -80,7 +80,7 @@ def test_contestants_share_a_float_model_and_meet_the_budget(
   assert '| DJPQ @5.000% | 1 |' in told
   assert before == {f: f.stat().st_mtime_ns for f in files}
   with pytest.raises(SystemExit, match='choose another --float-dir'):
-    command('compare', *always, 'W8A8', '--set', 'batch_size=16')
+    command('compare', *always[:-1], 'W8A8', '--set', 'batch_size=16')
 
 
 def test_a_contestant_that_there_is_not_is_an_error(command, capsys):
@@ -89,6 +89,59 @@ def test_a_contestant_that_there_is_not_is_an_error(command, capsys):
   told = capsys.readouterr().err
   assert "there is no contestant 'DJPQ @0.4463%' at these budgets" in told
   assert 'near: DJPQ @0.446%' in told
+
+
+@pytest.mark.parametrize('given', ['--budgets', '--two-stage-macs'])
+def test_two_contestants_of_one_name_are_an_error(command, capsys, given):
+  with pytest.raises(SystemExit):
+    command('compare', given, '0.0500001', '0.0500002', '--only', 'W8A8')
+  assert 'would have one name, 5' in capsys.readouterr().err
+
+
+def test_runs_of_other_settings_are_not_taken_for_these(command):
+  always = ['--seeds', '0', '--budgets', '0.05', '--only', 'W8A8']
+  command('compare', *always)
+  moved = ['--set', 'data.dir=elsewhere']
+  assert len(command('compare', *always, *moved)['runs']) == 1
+  with pytest.raises(SystemExit, match='W8A8, 0 with other settings'):
+    command('compare', *always, '--set', 'finetune.epochs=3')
+
+
+def test_processes_that_add_to_one_file_lose_nothing(tmp_path):
+  path = tmp_path / 'runs.json'
+  code = f"""
+import pathlib, result_files
+for k in range(20):
+  result_files.add(pathlib.Path({str(path)!r}), [dict(k=k)])
+"""
+  command = [sys.executable, '-c', code]
+  both = [subprocess.Popen(command, cwd=BENCHMARKS) for _ in range(2)]
+  assert [process.wait() for process in both] == [0, 0]
+  assert len(json.loads(path.read_text())['runs']) == 40
+
+
+def test_a_patch_takes_no_overrides(command):
+  variants = ['--variant', 'gates without noise: search.epochs=5']
+  with pytest.raises(SystemExit, match='takes no overrides'):
+    command('crossvalidate', *variants)
+
+
+def test_every_contestant_is_drawn_or_hidden(monkeypatch):
+  pictures = importlib.import_module('pictures')
+  run = {'float_accuracy': 0.9, 'relative_bops': 0.01}
+  runs = [
+    run | {'contestant': 'two-stage 80% MACs @1.000%', 'accuracy': 0.8},
+    run | {'contestant': 'two-stage 50% MACs @1.000%', 'accuracy': 0.7},
+    run | {'contestant': 'brevitas W2A2', 'accuracy': 0.6},
+  ]
+  monkeypatch.setattr(pictures.result_files, 'read', lambda _: {'runs': runs})
+  picture = pictures.Picture('a title', ['a file'], pictures.OURS)
+  with pytest.raises(ValueError, match='nor hidden: brevitas W2A2'):
+    pictures.curves(picture)
+  found, floats = pictures.curves(picture._replace(hidden='brevitas .*'))
+  assert [p['accuracy'] for p in found['two-stage']] == [0.8]
+  assert not found['DJPQ']
+  assert floats == pytest.approx(0.9)
 
 
 def test_files_tell_all_commands_that_added_to_them(command, monkeypatch):

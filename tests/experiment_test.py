@@ -179,6 +179,20 @@ def test_two_stage(config, tmp_path):
     check_report(report, tmp_path)
 
 
+def test_two_stage_says_when_too_much_was_left_for_the_second(config):
+  config = config_lib.change(
+    config,
+    method='two_stage',
+    two_stage_macs=0.9,
+    budget=0.001,
+    search={'epochs': 1},
+  )
+  run = setting.prepare(config)
+  told = r'of 0\.1 % .* left 8\d\.\d+ % of the MACs.* lower two_stage_macs'
+  with pytest.raises(ValueError, match=told):
+    experiment.METHODS['two_stage'](run, tiny.make(tiny.Normed))
+
+
 @pytest.mark.parametrize(
   ('budgets', 'expected'),
   [

@@ -66,6 +66,14 @@ def two_stage(run: setting.Run, model) -> compress.Compressed:
   left = allocate.relative_bops(structure, first)
   pruned = compress.fold_gates(compress.freeze(net, first, run.sample()))
   net = _with_bits(run, pruned, [UNPRUNED])
+  least = left * allocate.reachable(net, config.bit_choices or None)
+  if config.budget < least:
+    raise ValueError(
+      f'a budget of {100 * config.budget:.4g} % of the float32 BOPs cannot be '
+      f'reached: the first stage left {100 * left:.4g} % of the MACs, and with '
+      f'the fewest bits that the rules allow {100 * least:.4g} % of the BOPs '
+      'are left; lower two_stage_macs, raise the budget, or allow fewer bits'
+    )
   budget = config.budget / left
   net = phases.search(run, net, model, budgets={'bops': budget}, epochs=epochs)
   second = allocate.plan(net, budget, config.bit_choices or None)

@@ -15,14 +15,17 @@ def plot_pareto(
   curves: Mapping[str, Sequence[Mapping[str, Any]]],
   path: str | os.PathLike[str],
   float_accuracy: float | None = None,
+  title: str = 'Accuracy against bit operations',
 ) -> pathlib.Path:
   """Draws accuracy over relative BOPs, a line for each curve.
 
   Args:
     curves: name -> points with `accuracy` and `relative_bops`, fractions of
-      one; with `deviation` too, of the accuracy, if it is known.
+      one; with `deviation` too, of the accuracy, if it is known.  Colours and
+      marks follow the order of names, those without points included.
     path: of the PNG; its folder is created if missing.
     float_accuracy: of the float32 model, drawn as a line.
+    title: of the picture.
 
   Returns:
     The path.
@@ -36,11 +39,13 @@ def plot_pareto(
   packages.require('matplotlib', extra='demo', use='pictures')
   from matplotlib import ticker
 
-  figure = style.figure('Accuracy against bit operations', 4.6)
+  figure = style.figure(title, 4.6)
   axes = figure.subplots()
   colours = [style.BLUE, style.RED, style.GREEN, style.ORANGE, style.PURPLE]
   colours += [style.SKY, style.INK]
   for number, (name, points) in enumerate(curves.items()):
+    if not points:  # its colour stays its own
+      continue
     points = sorted(points, key=lambda point: point['relative_bops'])
     axes.errorbar(
       [100 * point['relative_bops'] for point in points],
@@ -65,7 +70,10 @@ def plot_pareto(
   )
   axes.xaxis.set_major_formatter(lambda value, _: f'{value:g}')
   axes.xaxis.set_minor_formatter(lambda value, _: '')
-  axes.set_xlabel('BOPs, % of float32', fontsize=style.SMALL, color=style.INK)
-  style.title(axes, 'Accuracy, %')
+  axes.margins(y=0.08)
+  named = dict(fontsize=style.SMALL, color=style.INK)
+  axes.set_xlabel('BOPs, % of float32', **named)
+  axes.set_ylabel('Accuracy, %', **named)
+  style.legend(axes)
   style.dress(axes, 'both')
   return style.save(figure, path)

@@ -39,13 +39,18 @@ def figure(title: str, height: float) -> Any:
 
 def title(axes: Any, text: str, *, lift: float = 0) -> None:
   """The title, the legend below it, and `lift` points of room below both."""
-  from matplotlib import transforms
-
   style = dict(fontsize=10, fontweight='bold', color=INK)
   entries = len(axes.get_legend_handles_labels()[0])
   rows = max(1, math.ceil(entries / COLUMNS))
   axes.set_title(text, loc='left', pad=lift + 6 + 14 * rows, **style)
-  if entries:
+  legend(axes, lift=lift)
+
+
+def legend(axes: Any, *, lift: float = 0) -> None:
+  """The legend, if there is anything to tell, `lift` points above the axes."""
+  from matplotlib import transforms
+
+  if axes.get_legend_handles_labels()[0]:
     raised = transforms.offset_copy(
       axes.transAxes, axes.get_figure(), y=lift + 5, units='points'
     )
