@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import surgery_test
 
+from djpq_jax import allocate
 from djpq_jax import compress
 from djpq_jax import cost
 from djpq_jax import graph
 from djpq_jax import harden
+from djpq_jax import integer
 from djpq_jax import layers
 from djpq_jax.models import cnn
 
@@ -123,7 +125,7 @@ def draws(net, x, *seeds):
     found = []
     for seed in seeds:
       key = None if seed is None else jax.random.key(seed)
-      with layers.tap() as taps:
+      with layers.INPUTS.open() as taps:
         found.append((net(x, gate_key=key), taps))
     return found
 
@@ -483,6 +485,95 @@ def test_gates_reach_through_transformed_methods(transform):
   state['gates'][0]['mu'][...] = jnp.full(6, 3.0)
   after = jax.jit(lambda state: outputs(state))(state)
   np.testing.assert_allclose(after, 3 * before, rtol=1e-5)
+
+
+def _in_a_scan(layer, x):
+  graphdef, state = nnx.split(layer)
+  step = lambda x, _: (nnx.merge(graphdef, state)(x), None)
+  return jax.lax.scan(step, x, length=2)[0]
+
+
+INNER = {
+  'jit': nnx.jit(lambda layer, x: layer(x)),
+  'remat': nnx.remat(lambda layer, x: layer(x)),
+  'checkpoint': lambda layer, x: jax.checkpoint(lambda x: layer(x))(x),
+  'scan': _in_a_scan,
+  'cond': lambda layer, x: jax.lax.cond(x[0, 0] < 9, layer, lambda x: x, x),
+}
+
+
+@standard_promotion
+@pytest.mark.parametrize('name', INNER)
+def test_layers_in_inner_programs_are_calibrated_frozen_and_hardened(name):
+  def forward(m, x, run=INNER[name]):
+    return m.head(nnx.relu(run(m.inner, nnx.relu(m.stem(x)))))
+
+  def made(forward):
+    return graph_test.Net(
+      forward,
+      stem=nnx.Linear(8, 6, rngs=nnx.Rngs(0)),
+      inner=nnx.Linear(6, 6, rngs=nnx.Rngs(1)),
+      head=nnx.Linear(6, 4, rngs=nnx.Rngs(2)),
+    )
+
+  x = jax.random.normal(jax.random.key(0), (16, 8))
+  model = made(forward)
+  model(x)  # JAX keeps its inner programs, and nobody looked at them
+  net = compress.compress(model, (), x)
+  if name != 'scan':  # which calls its layer twice
+    plain = made(lambda m, x: forward(m, x, run=lambda layer, x: layer(x)))
+    expected = compress.compress(plain, (), x)
+    for hook, other in zip(compress.hooks(net), compress.hooks(expected)):
+      np.testing.assert_array_equal(
+        hook.operands.act.log_clip[...], other.operands.act.log_clip[...]
+      )
+  seen = compress.inputs_of(net, x)
+  assert len(seen['inner']) == (2 if name == 'scan' else 1)
+  frozen = compress.freeze(net, allocate.plan(net, 0.1), x)
+  hardened = harden.harden(frozen)
+  np.testing.assert_allclose(hardened(x), frozen(x), atol=1e-6)
+  lowered = integer.lower(hardened)
+  np.testing.assert_allclose(lowered(x), hardened(x), atol=1e-5)
+  sums = integer.accumulators(lowered, x)
+  assert [np.asarray(s).dtype for s in sums['inner']] == [
+    np.dtype(np.int32)
+  ] * len(seen['inner'])
+
+
+@standard_promotion
+def test_a_layer_with_two_kernels_is_refused_unless_it_stays_float():
+  model = graph_test.Net(
+    lambda m, x: m.head(nnx.relu(m.normed(nnx.relu(m.stem(x))))),
+    stem=nnx.Linear(8, 6, rngs=nnx.Rngs(0)),
+    normed=nnx.WeightNorm(nnx.Linear(6, 6, rngs=nnx.Rngs(1)), rngs=nnx.Rngs(3)),
+    head=nnx.Linear(6, 4, rngs=nnx.Rngs(2)),
+  )
+  x = jax.random.normal(jax.random.key(0), (16, 8))
+  with pytest.raises(ValueError, match=r'normed/.* another kernel than it'):
+    compress.compress(model, (), x)
+  kept = compress.Rule(pattern='normed/*', quantize=False, prune=False)
+  net = compress.compress(model, [kept], x)
+  frozen = compress.freeze(net, allocate.plan(net, 0.5), x)
+  hardened = harden.harden(frozen)
+  np.testing.assert_allclose(hardened(x), frozen(x), atol=1e-6)
+  lowered = integer.lower(hardened)
+  np.testing.assert_allclose(lowered(x), hardened(x), atol=1e-5)
+
+
+@standard_promotion
+def test_a_kernel_that_the_model_reads_itself_is_refused_unless_float():
+  model = graph_test.Net(
+    lambda m, x: m.mid(nnx.relu(m.fc(x))) @ m.fc.kernel[...].T,
+    fc=nnx.Linear(8, 6, rngs=nnx.Rngs(0)),
+    mid=nnx.Linear(6, 6, rngs=nnx.Rngs(1)),
+  )
+  x = jax.random.normal(jax.random.key(0), (16, 8))
+  with pytest.raises(ValueError, match=r"fc/kernel outside.*pattern='fc'"):
+    compress.compress(model, (), x)
+  kept = compress.Rule(pattern='fc', quantize=False, prune=False)
+  net = compress.compress(model, [kept], x)
+  frozen = compress.freeze(net, allocate.plan(net, 0.9), x)
+  np.testing.assert_allclose(harden.harden(frozen)(x), frozen(x), atol=1e-6)
 
 
 # -- counts -------------------------------------------------------------------

@@ -1239,7 +1239,7 @@ class GroupTest(absltest.TestCase):
     reasons = {group.name: group.reason for group in found.groups}
     self.assertEqual(reasons['embed/embedding'], 'no MAC layer produces it')
     self.assertEqual(reasons['fc'], '')
-    self.assertTrue(found.layers['fc'].first)
+    self.assertFalse(found.layers['fc'].first)  # it reads no image
 
   def test_several_inputs(self):
     def make(rngs):
@@ -1332,6 +1332,44 @@ class LayerTest(parameterized.TestCase):
     self.assertEqual(found.layers['a2/conv'].weights, 9 * 8 * 7)
     found, _ = traced('called_twice')
     self.assertEqual(found.layers['shared'].calls, 2)
+
+  def test_a_sum_of_the_input_and_an_activation_is_no_input(self):
+    model = Net(
+      lambda m, x: m.head(x + m.fc(x)),
+      fc=nnx.Linear(8, 8, rngs=nnx.Rngs(0)),
+      head=nnx.Linear(8, 5, rngs=nnx.Rngs(1)),
+    )
+    layers = graph.trace(model, shape(2, 8)).layers
+    self.assertTrue(layers['fc'].first)
+    self.assertFalse(layers['head'].first)
+
+  def test_a_kernel_that_is_read_outside_of_its_layer_is_no_integers(self):
+    readers = {
+      'a product': lambda m, h: h @ m.fc.kernel[...].T,
+      'a sum': lambda m, h: m.head(h) + m.fc.kernel[...].mean(),
+      'what the next layer reads': lambda m, h: m.head(h * m.fc.kernel[0][None]),
+    }
+    for name, reader in readers.items():
+      with self.subTest(name):
+        model = Net(
+          lambda m, x, reader=reader: reader(m, m.fc(x)),
+          fc=nnx.Linear(5, 5, rngs=nnx.Rngs(0)),
+          head=nnx.Linear(5, 5, rngs=nnx.Rngs(1)),
+        )
+        layers = graph.trace(model, shape(2, 5)).layers
+        self.assertIn('reads fc/kernel outside', layers['fc'].float_reason)
+        others = [x.float_reason for p, x in layers.items() if p != 'fc']
+        self.assertEqual(''.join(others), '')
+
+  def test_a_kernel_of_two_layers_can_be_integers(self):
+    model = Net(
+      lambda m, x: m.b(m.a(x)),
+      a=nnx.Linear(5, 5, rngs=nnx.Rngs(0)),
+      b=nnx.Linear(5, 5, rngs=nnx.Rngs(1)),
+    )
+    model.b.kernel = model.a.kernel
+    layers = graph.trace(model, shape(2, 5)).layers
+    self.assertEqual([x.float_reason for x in layers.values()], ['', ''])
 
   def test_depthwise(self):
     found, _ = traced('inverted_residual')

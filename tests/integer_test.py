@@ -225,7 +225,7 @@ def run(models, x):
   def all_of_them(states, x):
     found = []
     for (graphdef, _), state in zip(split, states):
-      with products.tap() as taps:
+      with products.ACCUMULATORS.open() as taps:
         out = nnx.merge(graphdef, state)(x)
       found.append((taps, out))
     return found

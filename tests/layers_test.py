@@ -558,7 +558,7 @@ def test_gates_scale_inputs_then_both_operands_are_quantized():
 
 def test_a_batch_folded_with_tokens_repeats_each_example():
   x = jnp.ones((6, 2))  # two examples of three tokens
-  with layers.tap() as taps:
+  with layers.INPUTS.open() as taps:
     _gated(_linear(WHOLE), A)(x)
   np.testing.assert_array_equal(taps['a/b'][0], np.repeat(A, 3, axis=0))
 
@@ -566,7 +566,7 @@ def test_a_batch_folded_with_tokens_repeats_each_example():
 def test_the_feature_axis_need_not_be_the_last():
   x = jnp.ones((2, 2, 5))
   layer = _linear(WHOLE, n=5, feature_axis=-2)
-  with layers.tap() as taps:
+  with layers.INPUTS.open() as taps:
     _gated(layer, A)(x)
   want = np.broadcast_to(np.asarray(A)[:, :, None], x.shape)
   np.testing.assert_array_equal(taps['a/b'][0], want)
@@ -584,7 +584,7 @@ def test_tap_collects_every_call_gated_and_not_quantized():
   layer = _linear(WHOLE, act=_quantizer())
   x, y = _normal(2, 2), _normal(1, 2)
   _gated(layer, A[:1])
-  with layers.tap() as taps:
+  with layers.INPUTS.open() as taps:
     layer(x)
     layer(y)
   layer(x)
@@ -597,7 +597,7 @@ def test_tap_collects_every_call_gated_and_not_quantized():
 
 def test_tap_ends_with_an_error():
   layer = _linear()
-  with contextlib.suppress(ZeroDivisionError), layers.tap() as taps:
+  with contextlib.suppress(ZeroDivisionError), layers.INPUTS.open() as taps:
     raise ZeroDivisionError
   layer(jnp.ones((2, 2)))
   assert taps == {}

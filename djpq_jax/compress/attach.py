@@ -194,6 +194,19 @@ def at_bits(
   return made(found, quantizer.below)
 
 
+def _check_kernel(path: str, held, handed) -> None:
+  """Refuses a layer that computes with another kernel than it holds."""
+  for kernel in handed:
+    same = (kernel == held) | (kernel == 0)  # a mask leaves zeros
+    if not np.all(same | (np.isnan(held) & np.isnan(kernel))):
+      raise ValueError(
+        f'{path} cannot be quantized, since it multiplies by another kernel '
+        'than it holds, as nnx.WeightNorm makes one; give it the kernel that '
+        f'it uses, or leave it as it is by a rule with pattern={path!r}, '
+        'quantize=False and prune=False'
+      )
+
+
 def _act_quantizer(
   settings, bits, clip, *, signed, below: float | None = None
 ) -> layers.Quantizer:
@@ -259,9 +272,11 @@ def calibrate(
   bits = {hook.path: float(hook.operands.act.bits()) for hook in quantized}
   for hook in quantized:
     hook.operands.act = nnx.data(None)
-  taps = wrapped.inputs_of(model, *args)
-  for path, _, operands in quantized:
-    values = [np.asarray(v, np.float32) for v in taps[path]]
+  places = [layers.INPUTS, layers.KERNELS]
+  inputs, kernels = wrapped.look(model, places, *args)
+  for path, module, operands in quantized:
+    _check_kernel(path, module.kernel[...], kernels[path])
+    values = [np.asarray(v, np.float32) for v in inputs[path]]
     x = np.concatenate([v.ravel() for v in values])
     kept = percentile
     clip = np.percentile(np.abs(x), kept)

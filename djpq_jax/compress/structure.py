@@ -165,7 +165,8 @@ def resolve(graph: graph_lib.ChannelGraph, rules: Iterable[Rule]) -> Structure:
   stay; channels that the graph cannot prune stay, with its reason.
 
   Raises:
-    ValueError: a rule matches no layer; the message lists the layers.
+    ValueError: a rule matches no layer, and the message lists the layers; or a
+      layer is to be quantized whose kernel cannot become integers.
   """
   rules = tuple(rules)
   unused = [
@@ -192,7 +193,14 @@ def _settings(layer: graph_lib.MacLayer, rules) -> LayerSettings:
       given = dataclasses.asdict(rule)
       del given['pattern']
       fields |= {k: v for k, v in given.items() if v is not None}
-  return LayerSettings(**fields)
+  settings = LayerSettings(**fields)
+  if layer.float_reason and settings.quantize:
+    raise ValueError(
+      f'{layer.path} cannot be quantized, since {layer.float_reason}; a rule '
+      f'with pattern={layer.path!r}, quantize=False and prune=False leaves it '
+      'as it is'
+    )
+  return settings
 
 
 def _group_settings(group, settings) -> GroupSettings:

@@ -7,6 +7,7 @@ from flax import nnx
 import jax
 
 from djpq_jax import layers
+from djpq_jax import taps
 from djpq_jax.compress import structure as structure_lib
 
 
@@ -93,12 +94,16 @@ def hooks(model: Compressed) -> Iterator[Hook]:
 
 def inputs_of(model: Compressed, *args) -> dict[str, list[jax.Array]]:
   """What enters each layer in prediction, gated, before its quantizer."""
+  return look(model, [layers.INPUTS], *args)[0]
+
+
+def look(
+  model: Compressed, places: Sequence[taps.Tap], *args
+) -> list[taps.Seen]:
+  """What passes some taps in prediction, for each of them."""
   graphdef, state = nnx.split(eval_view(model))
 
-  @jax.jit
   def run(state, args):
-    with layers.tap() as taps:
-      nnx.merge(graphdef, state)(*args)
-    return taps
+    nnx.merge(graphdef, state)(*args)
 
-  return run(nnx.as_pure(state), args)
+  return taps.look(places, run, nnx.as_pure(state), args)

@@ -44,10 +44,22 @@ def build(found, kinds) -> records.ChannelGraph:
       index[root] = (len(groups), channel)
     groups.append(_group(draft, members, uses, classes))
   layers = {
-    path: _layer(use, kinds[path], index, roots) for path, use in uses.items()
+    path: dataclasses.replace(
+      _layer(use, kinds[path], index, roots),
+      float_reason=_float_reason(found.ledger, path),
+    )
+    for path, use in uses.items()
   }
   others = tuple(found.ledger.others)
   return records.ChannelGraph(layers, _unique_names(groups), others)
+
+
+def _float_reason(ledger, path: str) -> str:
+  """Why a layer's kernel cannot become integers, or '' if it can."""
+  read = ledger.read.intersection(ledger.kernels[path])
+  if not read:
+    return ''
+  return f'the model reads {min(read)} outside of the layer, too'
 
 
 def _all(roots, arrays) -> frozenset[int]:

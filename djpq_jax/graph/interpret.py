@@ -94,6 +94,9 @@ class Interpreter:
 
   def _mark(self, eqn, operands):
     layer, call = eqn.params['layer'], next(self._calls)
+    inputs, kernel = operands
+    self.ledger.read.update(inputs.params)
+    self.ledger.kernels.setdefault(layer, set()).update(kernel.params)
     tagged = []
     for x, role in zip(operands, ('inputs', 'kernel'), strict=True):
       ndim = len(x.shape)
@@ -116,17 +119,25 @@ class Interpreter:
     reason = f'goes through a {name}, which runs its body as a whole'
     outputs = labels.opaque(self.units, eqn, operands, reason)
     if name == 'scan':
-      self._scan(eqn, operands, repeat)
+      ways = [self._scan(eqn, operands, repeat)]
     elif name == 'while':
       skip = eqn.params['cond_nconsts']
-      self.run(eqn.params['body_jaxpr'], operands[skip:], repeat)
+      ways = [self.run(eqn.params['body_jaxpr'], operands[skip:], repeat)]
     else:
-      for branch in eqn.params['branches']:
-        self.run(branch, operands[1:], repeat)
+      branches = eqn.params['branches']
+      ways = [self.run(branch, operands[1:], repeat) for branch in branches]
     found = _layers_inside(self.ledger, eqn)
-    return [dataclasses.replace(x, sources=x.sources | found) for x in outputs]
+    return [
+      dataclasses.replace(
+        x,
+        sources=x.sources | found,
+        # Not those of all operands, which are the kernels inside, too.
+        params=arrays.heritage(inner)['params'],
+      )
+      for x, *inner in zip(outputs, *ways, strict=True)
+    ]
 
-  def _scan(self, eqn, operands, repeat):
+  def _scan(self, eqn, operands, repeat) -> list[arrays.Traced]:
     """Runs the body on one step; jax versions differ in how they tell which."""
     body = eqn.params['jaxpr']
     variables = getattr(body, 'jaxpr', body).invars
@@ -137,7 +148,7 @@ class Interpreter:
           x.shape[1:], x.axes[1:], sources=x.sources, params=x.params
         )
       steps.append(x)
-    self.run(body, steps, repeat * eqn.params['length'])
+    return self.run(body, steps, repeat * eqn.params['length'])
 
 
 def _layers_inside(ledger, eqn):
@@ -187,6 +198,7 @@ def interpret(program, batch: int) -> Interpretation:
   for x in interpreter.run(program.jaxpr, operands):
     for label in x.axes:
       units.freeze(label, 'is an output of the model')
+    interpreter.ledger.read.update(x.params)
     for path in x.sources - {arrays.INPUT}:
       interpreter.ledger.uses[path].last = True
   return Interpretation(interpreter.ledger, variables, inputs, interpreter.sums)

@@ -40,6 +40,9 @@ class Ledger:
   batch: int
   uses: dict[str, Use] = dataclasses.field(default_factory=dict)
   others: list[tuple[str, int]] = dataclasses.field(default_factory=list)
+  # Variables that kernels are made of, by layer, and that others read.
+  kernels: dict[str, set[str]] = dataclasses.field(default_factory=dict)
+  read: set[str] = dataclasses.field(default_factory=set)
 
   def per_example(self, count: int) -> int:
     """Divides the batch out; what does not depend on it is rounded up."""
@@ -101,7 +104,9 @@ def _record(ledger, product, repeat, shape):
     use.calls += repeat
   use.weights = math.prod(product.right.shape)
   use.macs += ledger.per_example(product.macs * repeat)
-  use.first |= arrays.INPUT in product.left.sources
+  # An embedding of the input is no image, nor is a sum with an activation.
+  left = product.left
+  use.first |= left.sources == {arrays.INPUT} and not left.params
   features = math.prod(product.right.shape[d] for d in product.right_free)
   size = math.prod(shape) // max(features, 1)
   use.positions = max(use.positions, ledger.per_example(size))
@@ -149,6 +154,7 @@ def _record_other(ledger, product, repeat):
   shapes = f'{list(left.shape)} x {list(right.shape)}'
   macs = ledger.per_example(product.macs * repeat)
   ledger.others.append((f'{name} of {what}, {shapes}', macs))
+  ledger.read.update(left.params, right.params)
   reason = f'contracted by a product of {what} ({name})'
   for x, dims in ((left, product.left_axes), (right, product.right_axes)):
     # A parameter's free axes become channels that no layer produces.

@@ -28,8 +28,9 @@ class MacLayer:
     out_group: int [n_out], likewise for the outputs.
     out_channel: int [n_out].
     depthwise: output channel i depends on input channel i and no other.
-    first: the model's input reaches it without passing another MAC layer.
+    first: it reads the model's input, and no activation or parameter with it.
     last: it reaches a model output without passing another MAC layer.
+    float_reason: why its kernel cannot become integers; '' if it can.
   """
 
   path: str
@@ -47,6 +48,7 @@ class MacLayer:
   depthwise: bool
   first: bool
   last: bool
+  float_reason: str = ''
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

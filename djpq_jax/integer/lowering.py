@@ -3,7 +3,6 @@
 from typing import Any
 
 from flax import nnx
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -63,8 +62,15 @@ class IntegerModel(harden.HardenedModel):
 
   def __call__(self, *args, **kwargs):
     """Calls the model; see `HardenedModel`."""
-    call = reproducible.reproducible(super().__call__)
-    return call(*args, **kwargs)
+    graphdef, state = nnx.split(self)
+    state = nnx.as_pure(state)
+
+    def call(*args, **kwargs):
+      # Of this trace, as some models write to their Variables.
+      model = nnx.merge(graphdef, state)
+      return harden.HardenedModel.__call__(model, *args, **kwargs)
+
+    return reproducible.reproducible(call)(*args, **kwargs)
 
 
 def lower(
@@ -128,15 +134,7 @@ def accumulators(model: harden.HardenedModel, *args) -> dict[str, list]:
   Returns:
     Path -> int32 arrays [B, ..., out], one for each call of the layer.
   """
-  graphdef, state = nnx.split(compress.eval_view(model))
-
-  @jax.jit
-  def run(state, args):
-    with products.tap() as taps:
-      nnx.merge(graphdef, state)(*args)
-    return taps
-
-  return run(nnx.as_pure(state), args)
+  return compress.look(model, [products.ACCUMULATORS], *args)[0]
 
 
 def _reason(hook: compress.Hook) -> str | None:

@@ -20,8 +20,7 @@ from djpq_jax.integer import planning
 LEAST_OUTPUTS = 17
 
 # The accumulators of each layer: one int32 array per call.
-_accumulators = taps.Tap('djpq_accumulators')
-tap = _accumulators.open
+ACCUMULATORS = taps.Tap('djpq_accumulators')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -184,7 +183,7 @@ def _scaled(plan: planning.Plan, x, weights: Weights, product: Callable, axes):
   total = _accumulated(plan, x, weights.integers, product, axes)
   if weights.offset is not None:
     total = total + _to_rank(weights.offset, total.ndim)
-  _accumulators.see(plan.name, total.astype(jnp.int32))
+  ACCUMULATORS.see(plan.name, total.astype(jnp.int32))
   y = total.astype(jnp.float32) * _to_rank(weights.scale, total.ndim)
   return y.astype(weights.dtype)
 

@@ -76,7 +76,7 @@ def _run(jaxpr, consts, args) -> list[jax.Array]:
   loose = _loose_products(jaxpr)
   for eqn in jaxpr.eqns:
     outputs = _equation(eqn, [read(var) for var in eqn.invars])
-    if eqn.outvars[0] in loose:
+    if loose.intersection(eqn.outvars):
       outputs = [guarded(outputs[0])]
     values.update(zip(eqn.outvars, outputs))
   return [read(var) for var in jaxpr.outvars]

@@ -5,11 +5,12 @@ from djpq_jax.layers.gates import Gate
 from djpq_jax.layers.gates import GateMean
 from djpq_jax.layers.gates import GateParam
 from djpq_jax.layers.gates import sample
+from djpq_jax.layers.operands import INPUTS
+from djpq_jax.layers.operands import KERNELS
 from djpq_jax.layers.operands import GateIndex
 from djpq_jax.layers.operands import GateValue
 from djpq_jax.layers.operands import IntegerParam
 from djpq_jax.layers.operands import Operands
-from djpq_jax.layers.operands import tap
 from djpq_jax.layers.quantizer import EXPONENT_RANGE
 from djpq_jax.layers.quantizer import Quantizer
 from djpq_jax.layers.quantizer import QuantParam
@@ -17,6 +18,8 @@ from djpq_jax.layers.quantizer import bounded
 
 __all__ = [
   'EXPONENT_RANGE',
+  'INPUTS',
+  'KERNELS',
   'OPEN_LOG_ALPHA',
   'Gate',
   'GateIndex',
@@ -29,5 +32,4 @@ __all__ = [
   'Quantizer',
   'bounded',
   'sample',
-  'tap',
 ]

@@ -19,8 +19,9 @@ import numpy as np
 from djpq_jax import taps
 
 # What enters each layer, gated and not yet quantized: one array per call.
-_inputs = taps.Tap('djpq_inputs')
-tap = _inputs.open
+INPUTS = taps.Tap('djpq_inputs')
+# The kernel that each layer hands over, not yet quantized.
+KERNELS = taps.Tap('djpq_kernels')
 
 
 class GateValue(nnx.Variable):
@@ -88,6 +89,7 @@ class Operands(nnx.Module):
     """Returns the gated, quantized and promoted (inputs, kernel, bias)."""
     inputs, kernel, bias = operands
     inputs = self.entering(inputs)
+    KERNELS.see(self.name, kernel)
     with jax.named_scope('quantize'):  # a name for profilers
       if self.act is not None:
         inputs = self.act(inputs)
@@ -96,10 +98,10 @@ class Operands(nnx.Module):
     return self.promote((inputs, kernel, bias), **kwargs)
 
   def entering(self, inputs):
-    """What is quantized next: the inputs, gated; a `tap` sees it."""
+    """What is quantized next: the inputs, gated; `INPUTS` sees it."""
     with jax.named_scope('gate'):
       inputs = self._gated(inputs)
-    _inputs.see(self.name, inputs)
+    INPUTS.see(self.name, inputs)
     return inputs
 
   def _gated(self, inputs):
