@@ -1347,7 +1347,7 @@ class LayerTest(parameterized.TestCase):
     readers = {
       'a product': lambda m, h: h @ m.fc.kernel[...].T,
       'a sum': lambda m, h: m.head(h) + m.fc.kernel[...].mean(),
-      'what the next layer reads': lambda m, h: m.head(h * m.fc.kernel[0][None]),
+      'an input': lambda m, h: m.head(h * m.fc.kernel[0][None]),
     }
     for name, reader in readers.items():
       with self.subTest(name):
