@@ -71,7 +71,8 @@ PICTURES = {
 def curves(picture: Picture):
   """(curve -> points with mean and deviation over seeds, float accuracy)."""
   runs = [run for n in picture.files for run in result_files.read(n)['runs']]
-  groups = compare.grouped([run for run in runs if 'error' not in run])
+  runs = [run for run in runs if 'error' not in run]
+  groups = compare.grouped(runs)
   found = {
     family: _best([n for n in groups if re.fullmatch(pattern, n)], groups)
     for family, pattern in picture.curves.items()

@@ -133,6 +133,7 @@ def test_every_contestant_is_drawn_or_hidden(monkeypatch):
     run | {'contestant': 'two-stage 80% MACs @1.000%', 'accuracy': 0.8},
     run | {'contestant': 'two-stage 50% MACs @1.000%', 'accuracy': 0.7},
     run | {'contestant': 'brevitas W2A2', 'accuracy': 0.6},
+    {'contestant': 'W1A1', 'error': 'there are no such bits'},
   ]
   monkeypatch.setattr(pictures.result_files, 'read', lambda _: {'runs': runs})
   picture = pictures.Picture('a title', ['a file'], pictures.OURS)
