@@ -45,7 +45,7 @@ def plot_layers(
 def _draw_bits(axes: Any, layers: Records) -> None:
   kinds = (
     ('weight_bits', 'weights', style.BLUE),
-    ('act_bits', 'activations', style.ORANGE),
+    ('act_bits', 'inputs', style.ORANGE),
   )
   values = {name: [l[key] for l in layers] for key, name, _ in kinds}
   _draw_pairs(axes, values, [colour for _, _, colour in kinds], '{:g}'.format)
@@ -80,7 +80,7 @@ def _draw_share(axes: Any, layers: Records) -> None:
     for name, values in amounts.items()
   }
   _draw_pairs(axes, shares, colours, _whole_percent)
-  style.title(axes, 'Share of all BOPs, %')
+  style.title(axes, "Share of its model's BOPs, %")
 
 
 def _draw_pairs(
