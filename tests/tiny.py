@@ -32,6 +32,21 @@ class Mlp(nnx.Module):
     return self.head(nnx.relu(self.hidden(x.reshape(x.shape[0], -1))))
 
 
+class Dropped(nnx.Module):
+  """The same with dropout; has keys, so `make` is not for it."""
+
+  input_shape = SHAPE
+
+  def __init__(self, rngs):
+    self.hidden = nnx.Linear(16, 12, rngs=rngs)
+    self.dropout = nnx.Dropout(0.5, rngs=rngs)
+    self.head = nnx.Linear(12, CLASSES, rngs=rngs)
+
+  def __call__(self, x):
+    x = nnx.relu(self.hidden(x.reshape(x.shape[0], -1)))
+    return self.head(self.dropout(x))
+
+
 class Normed(nnx.Module):
   """A convolution with batch norm, then a linear layer on all its pixels."""
 

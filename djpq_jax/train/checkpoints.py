@@ -142,9 +142,7 @@ class Checkpoints:
         f'the checkpoint {self.folder}/{step} is damaged, its numbers are not '
         f'those that were saved; {self._without(step)}'
       )
-    key = jax.random.wrap_key_data(
-      tree.pop('key'), impl=jax.random.key_impl(state.key)
-    )
+    key = _as_it_was(tree.pop('key'), state.key)
     state = dataclasses.replace(state, key=key, **_unflat(tree, state))
     return state, found['history']
 
@@ -231,10 +229,26 @@ def _tree(state: state_lib.TrainState) -> dict[str, Any]:
   tree = {}
   for name in FIELDS:
     found = jax.tree_util.tree_leaves_with_path(getattr(state, name))
-    tree[name] = {jax.tree_util.keystr(path): leaf for path, leaf in found}
-  return {k: v for k, v in tree.items() if v} | {
-    'key': jax.random.key_data(state.key)
-  }
+    tree[name] = {
+      jax.tree_util.keystr(path): _raw(leaf) for path, leaf in found
+    }
+  return {k: v for k, v in tree.items() if v} | {'key': _raw(state.key)}
+
+
+def _is_key(leaf) -> bool:
+  return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _raw(leaf):
+  """An array, or the numbers of a random key, such as those of dropout."""
+  return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _as_it_was(found, leaf):
+  """Undoes `_raw`: a key again where `leaf` is one, of the same kind."""
+  if not _is_key(leaf):
+    return found
+  return jax.random.wrap_key_data(found, impl=jax.random.key_impl(leaf))
 
 
 def _with_checksum(tree: dict[str, Any]) -> dict[str, Any]:
@@ -266,6 +280,9 @@ def _unflat(tree, state: state_lib.TrainState) -> dict[str, Any]:
   for name in FIELDS:
     value = getattr(state, name)
     paths, treedef = jax.tree_util.tree_flatten_with_path(value)
-    leaves = [tree[name][jax.tree_util.keystr(path)] for path, _ in paths]
+    leaves = [
+      _as_it_was(tree[name][jax.tree_util.keystr(path)], leaf)
+      for path, leaf in paths
+    ]
     fields[name] = jax.tree.unflatten(treedef, leaves)
   return fields
