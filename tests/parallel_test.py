@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,6 +95,35 @@ def test_pmap_step_is_the_literal_pmap(mesh):
   close(found.params, first(expected.params))
   close(found.rest, first(expected.rest))
   close(metrics, first(expected_metrics), 1e-5)
+
+
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_pmap_step_draws_other_dropout_on_each_device(accumulate):
+  """Two halves that are equal are not dropped out alike; the state is one."""
+  if jax.device_count() < 2:
+    pytest.skip('needs two devices')
+  mesh = parallel.mesh(jax.devices()[:2])
+
+  def start():
+    model = tiny.Dropped(nnx.Rngs(0))
+    how = {'accumulate': accumulate}
+    return train.init(model, train.Objective(), optax.sgd(0.1), **how)
+
+  half = tiny.batch(16)
+  batch = jax.tree.map(lambda x: np.concatenate([x, x]), half)
+  wrapped = parallel.pmap_step(train.train_step, mesh)
+  many, metrics = wrapped(
+    parallel.replicate(start(), mesh), parallel.spread(batch, mesh)
+  )
+  one, one_metrics = train.jit_step(start(), half)
+  assert abs(float(metrics['loss']) - float(one_metrics['loss'])) > 1e-3
+  stream, expected = (s.rest['dropout']['rngs'] for s in (many, one))
+  assert int(stream['count']) == accumulate
+  data = [jax.random.key_data(s['key']) for s in (stream, expected)]
+  np.testing.assert_array_equal(*data)
+  for x in jax.tree.leaves((many.params, stream['count'], data[0])):
+    first, second = (np.asarray(s.data) for s in x.addressable_shards)
+    np.testing.assert_array_equal(first, second)
 
 
 def test_all_wrappers_agree_without_noise_and_statistics(mesh):

@@ -34,14 +34,17 @@ def train_step(
   Returns:
     (next state, metrics: float32 scalars by name).
   """
-  key = jax.random.fold_in(state.key, state.step)
+  key, own = jax.random.fold_in(state.key, state.step), state
   if axis_name is not None:
-    key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-  (loss, (rest, control, metrics)), grads = _gradients(state, batch, key)
+    index = jax.lax.axis_index(axis_name)
+    key = jax.random.fold_in(key, index)
+    own = dataclasses.replace(state, rest=_own_streams(state, index))
+  (loss, (rest, control, metrics)), grads = _gradients(own, batch, key)
   if axis_name is not None:
     loss, grads, rest, metrics = _mean_over(
       axis_name, (loss, grads, rest, metrics)
     )
+    rest = _shared_streams(state, rest)
   with jax.named_scope('optimizer'):  # a name for profilers
     updates, opt_state = state.program.optimizer.update(
       grads, state.opt_state, state.params
@@ -63,6 +66,39 @@ def train_step(
     bad_steps=state.bad_steps + ~good,
   )
   return state, metrics | {'loss': loss, 'bad_steps': state.bad_steps}
+
+
+def _stream_keys(state: state_lib.TrainState):
+  """Which leaves of `state.rest` are keys of the model's random streams."""
+  model = optim.merge(state.program.train_graph, state.params, state.rest)
+  rest = nnx.split(model, *optim.KINDS.values(), ...)[-1]
+  return jax.tree.map(
+    lambda variable: isinstance(variable, nnx.RngKey),
+    rest,
+    is_leaf=lambda x: isinstance(x, nnx.Variable),
+  )
+
+
+def _own_streams(state: state_lib.TrainState, index):
+  """The rest of a state with one device's own noise, as that of dropout."""
+
+  def own(is_key, x):
+    if not is_key:
+      return x
+    keys = jax.vmap(jax.random.fold_in, (0, None))(x.reshape(-1), index)
+    return keys.reshape(x.shape)  # a stream may have been split
+
+  return jax.tree.map(own, _stream_keys(state), state.rest)
+
+
+def _shared_streams(state: state_lib.TrainState, rest):
+  """Takes that back after a step: all devices hold the same state."""
+  return jax.tree.map(
+    lambda is_key, new, old: old if is_key else new,
+    _stream_keys(state),
+    rest,
+    state.rest,
+  )
 
 
 def _gradients(state: state_lib.TrainState, batch: state_lib.Batch, key):
