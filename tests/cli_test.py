@@ -441,6 +441,14 @@ def test_overwrite_with_few_choices_of_bits(finished, config, tmp_path, capsys):
     (['budget=1.5'], 'budget is a fraction'),
     (['budget=-1.0'], 'budget takes a number from 0 on'),
     (['data.name=digits'], 'but digits has (8, 8, 1); set model.kwargs.input'),
+    (
+      [
+        'data.name=digits',
+        'model.name=digits_cnn',
+        'model.kwargs.num_classes=5',
+      ],
+      'has logits of 5 classes, but digits has 10; set model.kwargs.num_classe',
+    ),
     (['rules=[{"pattern": "conv9"}]'], 'rules match no layer: conv9'),
     (
       ['model.weights=nowhere.pt'],
@@ -460,7 +468,8 @@ def test_train_refuses_before_it_trains(
   args = ['train', '--config', config, '--workdir', str(workdir)]
   for override in overrides:
     args += ['--set', override]
-  assert message in refused(capsys, *args)
+  for more in ([], ['--dry-run']):
+    assert message in refused(capsys, *args, *more)
   assert not workdir.exists()
 
 

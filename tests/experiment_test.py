@@ -1,5 +1,6 @@
 """Whole experiments, and what their reports claim."""
 
+import dataclasses
 import json
 
 from flax import nnx
@@ -17,6 +18,7 @@ from djpq_jax import graph as graph_lib
 from djpq_jax import losses
 from djpq_jax import models
 from djpq_jax import train
+from djpq_jax.data import sources
 from djpq_jax.experiment import phases
 from djpq_jax.experiment import previewing
 from djpq_jax.experiment import running
@@ -330,6 +332,33 @@ def test_what_cannot_work_is_said_first(config, tmp_path, fields, message):
       )
   assert '\n' not in str(info.value)
   assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('classes', [2, 3, 4])
+def test_a_model_has_a_logit_for_each_class(config, classes, monkeypatch):
+  """Before the float training, too; more are allowed."""
+
+  def source(*, data_dir=None):
+    return tuple(
+      dataclasses.replace(
+        split,
+        labels=np.minimum(split.labels, classes - 1),
+        num_classes=classes,
+      )
+      for split in tiny.source(data_dir=data_dir)
+    )
+
+  monkeypatch.setitem(sources.SOURCES, 'tiny', source)
+  monkeypatch.setattr(phases, 'train_float', lambda _, model: model)
+  if classes <= tiny.CLASSES:
+    experiment.check(config)
+    return
+  message = (
+    'tiny has logits of 3 classes, but tiny has 4; set model.kwargs.num_'
+  )
+  for checked in (experiment.check, experiment.preview, experiment.float_model):
+    with pytest.raises(ValueError, match=message):
+      checked(config)
 
 
 def shapes(state):

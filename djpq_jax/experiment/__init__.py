@@ -63,7 +63,9 @@ def float_model(
   """
   this = setting.prepare(config, progress)
   this.float_dir = float_dir
-  model = phases.train_float(this, setting.dense_model(this))
+  model = setting.dense_model(this)
+  setting.check_classes(this, model)
+  model = phases.train_float(this, model)
   return model, evaluation.evaluate(model, this.test_split, mesh=this.mesh())
 
 
@@ -164,6 +166,7 @@ def _check(run: setting.Run, model):
   run.steps(0)  # checks the batch size
   run.batches(0)  # checks the augmentation
   net, choices = phases.compressed(run, model), config.bit_choices or None
+  setting.check_classes(run, model)  # which runs it, as the trace has done
   if run.searches:
     allocate.check_reachable(net, run.budgets or {'bops': 1.0}, choices)
   if config.method == 'two_stage':  # bits alone must do what pruning leaves

@@ -266,6 +266,29 @@ def dense_model(run: Run):
   return model
 
 
+def check_classes(run: Run, model) -> None:
+  """Finds out whether a model has a logit for each class of the data.
+
+  More are no mistake: labels may skip some.  Images of a class that has none
+  would go through all of the training without a loss.
+
+  Raises:
+    ValueError: it has fewer.
+  """
+  graphdef, state = nnx.split(compress.eval_view(model))
+  images = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
+  logits = jax.eval_shape(
+    lambda state, x: nnx.merge(graphdef, state)(x), nnx.as_pure(state), images
+  )
+  found, classes = logits.shape[-1], run.train_split.num_classes
+  if found < classes:
+    raise ValueError(
+      f'model {run.config.model.name} has logits of {found} classes, but '
+      f'{run.config.data.name} has {classes}; set model.kwargs.num_classes to '
+      f'{classes} or choose another model'
+    )
+
+
 def _weights(path: str):
   try:
     return torch_weights.read_state_dict(path)
