@@ -10,7 +10,7 @@ Several costs can have a budget each.  A plan's load is then the largest of its
 costs over their budgets: 1 where the tightest budget is just met.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 import dataclasses
 from typing import Any, TypeAlias
 
@@ -55,26 +55,41 @@ def read(model: compress.Compressed) -> Search:
   return Search(weight_bits, act_bits, log_alpha)
 
 
-def uniform(model: compress.Compressed, weight_bits: int, act_bits: int):
+def uniform(
+  model: compress.Compressed, weight_bits: int, act_bits: int
+) -> compress.Plan:
   """The plan that prunes nothing and gives every layer the same bits.
 
-  Bounds of the layers still hold, as the 8 bits of the first layer's input.
+  Bounds of single layers still hold, as the 8 bits of the first layer's input.
+
+  Raises:
+    ValueError: bits that are within the bounds of no layer at all.
   """
-  found = read(model)
-  layers = model.structure.layers
-
-  def within(bits, bounds):
-    return int(np.clip(bits, *bounds))
-
+  plan: dict[str, dict[str, int]] = {}
+  for kind, bits in (('weight', weight_bits), ('act', act_bits)):
+    bounds = {
+      path: getattr(operands, kind).bounds
+      for path, _, operands in compress.hooks(model)
+      if operands.weight is not None
+    }
+    _check_any(bits, bounds.values(), kind)
+    plan[kind] = {p: int(np.clip(bits, *b)) for p, b in bounds.items()}
   return compress.Plan(
-    open={},
-    weight_bits={
-      p: within(weight_bits, layers[p].weight_bits) for p in found.weight_bits
-    },
-    act_bits={
-      p: within(act_bits, _act_bounds(model, p)) for p in found.act_bits
-    },
+    open={}, weight_bits=plan['weight'], act_bits=plan['act']
   )
+
+
+def _check_any(bits: int, bounds: Collection[Any], kind: str) -> None:
+  """Raises a ValueError if bits are within none of some bounds."""
+  if bounds and not any(low <= bits <= high for low, high in bounds):
+    what = {'weight': 'weights', 'act': 'activations'}[kind]
+    allowed = ', '.join(
+      f'{low:g} to {high:g}' for low, high in sorted({*bounds})
+    )
+    raise ValueError(
+      f'uniform bits of {bits} for {what} are what no layer can have: the '
+      f'rules allow {allowed}; take others, or change {kind}_bits of the rules'
+    )
 
 
 def counted_bits(budgets: Mapping[str, float]) -> set[str]:
@@ -188,13 +203,6 @@ def relative_bops(structure: compress.Structure, plan: compress.Plan) -> float:
   """Exact BOPs of a plan over those of the dense float32 model."""
   uses = compress.planned_usage(structure, plan)
   return cost.relative_bops(uses, cost.float_bops(uses))
-
-
-def _act_bounds(model, path):
-  for found, _, operands in compress.hooks(model):
-    if found == path:
-      return operands.act.bounds
-  raise KeyError(path)
 
 
 class _Rounder:

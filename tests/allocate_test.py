@@ -372,6 +372,28 @@ def test_uniform_is_the_same_everywhere_within_bounds():
   assert plan.act_bits == dict(conv1=8, conv2=5, fc1=2, fc2=5)
 
 
+@pytest.mark.parametrize(
+  ('bits', 'message'),
+  [
+    ((16, 4), r'of 16 for weights .*: the rules allow 2 to 8; take others, or'),
+    ((4, 9), r'of 9 for activations .*: the rules allow 2 to 8, 8 to 8; take'),
+    ((1, 4), 'of 1 for weights'),
+    ((4, 1), 'of 1 for activations .* or change act_bits of the rules'),
+  ],
+)
+def test_uniform_bits_that_no_layer_can_have(bits, message):
+  with pytest.raises(ValueError, match=message):
+    allocate.uniform(shared('lenet5'), *bits)
+
+
+def test_uniform_bits_that_one_layer_can_have():
+  rule = compress.Rule(pattern='fc2', weight_bits=(12, 16))
+  plan = allocate.uniform(searched('lenet5', rule), 16, 8)
+  assert plan.weight_bits == dict(conv1=8, conv2=8, fc1=8, fc2=16)
+  none = searched('lenet5', compress.Rule(pattern='*', quantize=False))
+  assert allocate.uniform(none, 99, 99).weight_bits == {}
+
+
 def test_reading_a_model_gives_plain_numbers():
   net = shared('digits_cnn')
   got = allocate.read(net)

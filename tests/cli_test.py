@@ -451,6 +451,10 @@ def test_overwrite_with_few_choices_of_bits(finished, config, tmp_path, capsys):
     ),
     (['rules=[{"pattern": "conv9"}]'], 'rules match no layer: conv9'),
     (
+      ['method=uniform', 'uniform_bits=(16,16)'],
+      'uniform bits of 16 for weights are what no layer can have',
+    ),
+    (
       ['model.weights=nowhere.pt'],
       "model.weights is 'nowhere.pt', which canno",
     ),
@@ -623,7 +627,11 @@ def test_dry_runs_of_variants_differ(config, tmp_path, capsys, monkeypatch):
       'number'
     ),
     'w8a8': 'uniform: 8 bits for weights, 8 for activations',
-    'w4a4': 'uniform: 4 bits for weights, 4 for activations',
+    # An image keeps its eight.
+    'w4a4': (
+      'uniform: 4 bits for weights, 4 for activations; others in 1 of 2 '
+      'layers, by the rules'
+    ),
     'float': 'float: nothing is pruned or quantized',
   }
   for variant, method in expected.items():

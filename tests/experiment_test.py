@@ -287,6 +287,14 @@ def test_without_training_and_budget(config, tmp_path):
       {'method': 'uniform', 'uniform_bits': (4,)},
       r'uniform_bits takes two whole numbers, .*; got \(4,\)',
     ),
+    (
+      {'method': 'uniform', 'uniform_bits': (1, 0)},
+      'uniform bits of 1 for weights are what no layer can have',
+    ),
+    (
+      {'method': 'uniform', 'uniform_bits': (4, 0)},
+      'of 0 for activations .* the rules allow 2 to 8, 8 to 8; take',
+    ),
     ({'keep_best': True}, 'keep_best needs evaluate_every, and a part of the'),
     ({'evaluate_every': 1e-4}, '0.0001 epochs, less than a step'),
     ({'validation': 1e-4, 'evaluate_every': 1.0}, 'images would hold out 0'),

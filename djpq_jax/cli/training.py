@@ -158,7 +158,10 @@ def _method(found: dict[str, Any]) -> str:
   """What a method does, with the numbers that tell one variant from others."""
   if found['uniform_bits']:
     weights, activations = found['uniform_bits']
-    return f'{weights} bits for weights, {activations} for activations'
+    text = f'{weights} bits for weights, {activations} for activations'
+    if others := found['layers_of_other_bits']:
+      text += f'; others in {others} of {found["layers"]} layers, by the rules'
+    return text
   bits = ', '.join(map(str, found['bit_choices'])) or 'any whole number'
   match found['method']:
     case 'djpq':

@@ -169,6 +169,8 @@ def _check(run: setting.Run, model):
   setting.check_classes(run, model)  # which runs it, as the trace has done
   if run.searches:
     allocate.check_reachable(net, run.budgets or {'bops': 1.0}, choices)
+  if config.method == 'uniform':
+    allocate.uniform(net, *config.uniform_bits)  # checks them
   if config.method == 'two_stage':  # bits alone must do what pruning leaves
     whole = phases.compressed(run, model, [methods.UNPRUNED])
     left = config.budget / config.two_stage_macs

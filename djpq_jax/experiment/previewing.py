@@ -5,6 +5,7 @@ from typing import Any
 from flax import nnx
 import jax
 
+from djpq_jax import allocate
 from djpq_jax import compress
 from djpq_jax import train
 from djpq_jax.experiment import methods
@@ -41,6 +42,8 @@ def preview(
     'method': config.method,
     'bit_choices': list(config.bit_choices) if run.searches else [],
     'uniform_bits': list(config.uniform_bits) if uniform else [],
+    'layers': len(graph.layers),
+    'layers_of_other_bits': _of_other_bits(run, net) if uniform else 0,
     'two_stage_macs': config.two_stage_macs if stages else None,
     'budgets': run.budgets or {},
     'prunable_groups': len(net.structure.gated) if run.searches else 0,
@@ -84,6 +87,17 @@ def largest_steps(
   if steps['float']:
     return 'float', [phases.float_state(run, model, steps=1)]
   return '', []
+
+
+def _of_other_bits(run: setting.Run, net: compress.Compressed) -> int:
+  """How many layers do not get the uniform bits, as the rules say."""
+  bits = run.config.uniform_bits
+  plan = allocate.uniform(net, *bits)
+  found = [
+    (plan.weight_bits.get(path), plan.act_bits.get(path))
+    for path in net.structure.graph.layers
+  ]
+  return len(found) - found.count(bits)
 
 
 def _step_bytes(run: setting.Run, state: train.TrainState) -> int:
