@@ -164,10 +164,12 @@ def plan(
 
 
 def reachable(
-  model: compress.Compressed, choices: Sequence[int] | None = None
+  model: compress.Compressed,
+  choices: Sequence[int] | None = None,
+  name: str = 'bops',
 ) -> float:
-  """The smallest relative BOPs that the rules allow."""
-  return _least(model, choices)['bops']
+  """The smallest relative BOPs, or another of the costs, that rules allow."""
+  return _least(model, choices)[name]
 
 
 def check_reachable(model, budget: Budget, choices=None):

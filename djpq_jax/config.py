@@ -273,6 +273,12 @@ def _pairs(rules):
 def _converted(now, value, name: str):
   """`value` as the type that the field has."""
   if isinstance(now, tuple) and isinstance(value, (list, tuple)):
+    for bits in value:  # all that a config has lists of
+      if type(bits) is not int:
+        raise ConfigError(
+          f'{name} takes whole numbers in a list, got {bits!r} there'
+        )
+      _check_range(bits, name)
     return tuple(value)
   if type(now) is float and type(value) is int:
     value = float(value)
@@ -294,8 +300,13 @@ _KINDS = {
 
 
 def _check_range(value: float, name: str) -> None:
-  """No number of a config is negative, and parts of a whole are at most 1."""
+  """No number of a config is negative, and parts of a whole are at most 1.
+
+  Of a seed, JAX takes 32 bits: others that share them would not be others.
+  """
   if not 0 <= value < math.inf:
     raise ConfigError(f'{name} takes a number from 0 on, got {value!r}')
   if name.rpartition('.')[2] in PARTS and value > 1:
     raise ConfigError(f'{name} takes a number from 0 to 1, got {value!r}')
+  if name == 'seed' and value >= 2**32:
+    raise ConfigError(f'seed takes a number below 2**32, got {value!r}')

@@ -450,6 +450,13 @@ def test_overwrite_with_few_choices_of_bits(finished, config, tmp_path, capsys):
       'has logits of 5 classes, but digits has 10; set model.kwargs.num_classe',
     ),
     (['rules=[{"pattern": "conv9"}]'], 'rules match no layer: conv9'),
+    (['rules=[{"pattern": "*", "weight_bits": 8}]'], 'must be (min, max) with'),
+    (['bit_choices=("a",)'], 'bit_choices takes whole numbers in a list'),
+    (['seed=100000000000000000000000'], 'seed takes a number below 2**32'),
+    (
+      ['method=two_stage', 'two_stage_macs=0.001'],
+      'two_stage_macs=0.001 cannot be reached',
+    ),
     (
       ['method=uniform', 'uniform_bits=(16,16)'],
       'uniform bits of 16 for weights are what no layer can have',

@@ -20,6 +20,7 @@ from djpq_jax import graph
 from djpq_jax import harden
 from djpq_jax import integer
 from djpq_jax import layers
+from djpq_jax.compress import structure
 from djpq_jax.models import cnn
 
 # The arithmetic of flax's own layers mixes dtypes.
@@ -256,13 +257,42 @@ def test_producers_of_one_group_agree_on_the_least_common_multiple():
     (dict(weight_bits=(4,)), 'weight_bits'),
     (dict(act_bits=(0, 8)), 'act_bits.*1 <= min'),
     (dict(act_bits=(2, float('nan'))), 'act_bits'),
-    (dict(align=0), "align .*'c\\*' must be at least 1, got 0"),
+    (dict(weight_bits=8), r'weight_bits .* must be \(min, max\) .*, got 8'),
+    (dict(weight_bits='48'), "weight_bits .*, got '48'"),
+    (dict(act_bits=('a', 8)), r"act_bits .*, got \('a', 8\)"),
+    (dict(act_bits=(True, 8)), r'act_bits .*, got \(True, 8\)'),
+    (dict(align=0), "align .*'c\\*' must be a whole number, at .* 1, got 0"),
+    (dict(align='a'), "align .* whole number, at least 1, got 'a'"),
+    (dict(align=2.5), 'align .* whole number, at least 1, got 2.5'),
+    (dict(min_channels=True), 'min_channels .* whole number, .* got True'),
+    *[
+      ({flag: value}, rf"{flag} .*'c\*' must be True or False, got {value!r}")
+      for flag in structure.FLAGS
+      for value in ('False', 0)
+    ],
     (dict(min_channels=-2), 'min_channels .*got -2'),
   ],
 )
 def test_bad_rules(settings, message):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(ValueError, match=message) as info:
     compress.Rule(pattern='c*', **settings)
+  assert '\n' not in str(info.value)
+
+
+def test_a_pattern_is_text():
+  with pytest.raises(ValueError, match='a pattern must be text, got 3'):
+    compress.Rule(pattern=3)
+
+
+def test_flags_are_all_that_is_true_or_false():
+  fields = dataclasses.fields(compress.Rule)
+  assert {f.name for f in fields if f.type == bool | None} == {*structure.FLAGS}
+
+
+def test_numbers_of_numpy_are_numbers():
+  bits = (np.float32(2), np.int64(4))
+  rule = compress.Rule(pattern='*', act_bits=bits, align=np.int64(2))
+  assert (rule.act_bits, rule.align) == ((2, 4), 2)
 
 
 # -- compress -----------------------------------------------------------------

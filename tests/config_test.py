@@ -191,6 +191,15 @@ def test_mistakes_in_a_file(write, line, message):
     ('augment.flip=1', 'augment.flip takes True or False, got 1'),
     ('data.name=3', 'data.name takes text, got 3'),
     ('uniform_bits=4', 'uniform_bits takes a list, got 4'),
+    (
+      'bit_choices=("a",)',
+      "bit_choices takes whole numbers in a list, got 'a'",
+    ),
+    ('bit_choices=(2, 2.5)', 'takes whole numbers in a list, got 2.5 there'),
+    ('bit_choices=(-2, 4)', 'bit_choices takes a number from 0 on, got -2'),
+    ('uniform_bits=(True, 4)', 'uniform_bits takes whole numbers in a list'),
+    (f'seed={10**23}', f'seed takes a number below 2**32, got {10**23}'),
+    ('seed=4294967296', 'seed takes a number below 2**32, got 4294967296'),
     ('search.epochs=-3', 'search.epochs takes a number from 0 on, got -3.0'),
     ('budget=1e999', 'budget takes a number from 0 on, got inf'),
     ('search.ramp=1.5', 'search.ramp takes a number from 0 to 1, got 1.5'),
@@ -261,8 +270,30 @@ def test_rules_are_checked():
 
   with pytest.raises(ValueError, match="has no field 'prun'; known: pattern"):
     rules({'pattern': '*', 'prun': False})
+  with pytest.raises(ValueError, match='has no field 3; known: pattern'):
+    rules({'pattern': '*', 3: 1, 'prun': False})
   with pytest.raises(ValueError, match='needs a pattern'):
     rules({'prune': False})
+
+
+@pytest.mark.parametrize(
+  ('field', 'message'),
+  [
+    (
+      '"weight_bits": 8',
+      'must be (min, max) with 2 <= min <= max <= 16, got 8',
+    ),
+    ('"align": "a"', "must be a whole number, at least 1, got 'a'"),
+    ('"align": 2.5', 'must be a whole number, at least 1, got 2.5'),
+    ('"prune": "False"', "must be True or False, got 'False'"),
+    ('"pattern": 3', 'a pattern must be text, got 3'),
+  ],
+)
+def test_values_of_rules_are_checked(field, message):
+  config = config_lib.load('digits', [f'rules=[{{"pattern": "*", {field}}}]'])
+  with pytest.raises(ValueError) as info:
+    experiment.rules_of(config)
+  assert message in str(info.value)
 
 
 def test_a_loaded_config_is_frozen(tmp_path):

@@ -284,6 +284,11 @@ def test_without_training_and_budget(config, tmp_path):
     ({'method': 'two_stage', 'budget': 0}, 'two_stage needs a budget'),
     ({'method': 'two_stage', 'two_stage_macs': 1}, 'needs a budget, and two'),
     (
+      {'method': 'two_stage', 'two_stage_macs': 0.001},
+      'two_stage_macs=0.001 cannot be reached: with the fewest channels .*, '
+      '0.1667 of the MACs are left; raise it',
+    ),
+    (
       {'method': 'uniform', 'uniform_bits': (4,)},
       r'uniform_bits takes two whole numbers, .*; got \(4,\)',
     ),
@@ -317,6 +322,11 @@ def test_without_training_and_budget(config, tmp_path):
     ({'data': {'name': 'digits'}}, r'\(4, 4, 1\), but digits has \(8, 8, 1\)'),
     ({'model': {'name': 'tinny'}}, "no model 'tinny'; did you mean 'tiny'"),
     ({'model': {'kwargs': {'a': 1}}}, "tiny takes no argument 'a'"),
+    (
+      {'model': {'name': 'digits_cnn', 'kwargs': {'num_classes': 0}}},
+      'num_classes of digits_cnn must be a whole number, at least 1; got 0',
+    ),
+    ({'rules': [{'pattern': '*', 'prune': 'False'}]}, 'must be True or False'),
     ({'batch_size': 97}, r'batch_size must be in 1\.\.96'),
     ({'batch_size': 0}, r'batch_size must be in 1\.\.96'),
     ({'augment': {'shift': -1}}, 'augment.shift takes a number from 0 on'),

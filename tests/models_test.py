@@ -275,6 +275,8 @@ class CreateTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ('resnet21', {}, "no model 'resnet21'; did you mean 'resnet.*vgg7"),
+    ('lenet5', {'num_classes': 0}, 'num_classes of lenet5 must be .*; got 0'),
+    ('vgg7', {'num_classes': 2.5}, 'whole number, at least 1; got 2.5'),
     ('?', {}, "no model '\\?'; known: cifar_resnet, .*vgg7"),
     ('vgg7', dict(hiden=3), "no argument 'hiden'; did you mean 'hidden'"),
     ('lenet5', dict(rngs=3), "no argument 'rngs'"),

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 import dataclasses
 import fnmatch
 import math
+import numbers
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,15 @@ from djpq_jax import graph as graph_lib
 
 LEAST_KEPT = 8  # one channel in so many stays by default
 MAX_BITS = 16  # products of wider integers are no longer exact in float32
+# Fields of a rule that are true or false.
+FLAGS = (
+  'quantize',
+  'prune',
+  'exponent',
+  'per_channel',
+  'narrow_range',
+  'asymmetric',
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,22 +65,43 @@ class Rule:
   asymmetric: bool | None = None
 
   def __post_init__(self):
+    if not isinstance(self.pattern, str):
+      raise ValueError(f'a pattern must be text, got {self.pattern!r}')
     for name, low in (('weight_bits', 2), ('act_bits', 1)):
       bits = getattr(self, name)
-      if bits is not None and not (
-        len(bits) == 2 and low <= bits[0] <= bits[1] <= MAX_BITS
-      ):
-        raise ValueError(
-          f'{name} of the rule for {self.pattern!r} must be (min, max) with '
-          f'{low} <= min <= max <= {MAX_BITS}, got {bits}'
-        )
+      self._check(
+        name,
+        _are_bounds(bits, low),
+        f'(min, max) with {low} <= min <= max <= {MAX_BITS}',
+      )
     for name in ('align', 'min_channels'):
       value = getattr(self, name)
-      if value is not None and value < 1:
-        raise ValueError(
-          f'{name} of the rule for {self.pattern!r} must be at least 1, '
-          f'got {value}'
-        )
+      whole = _is_a(numbers.Integral, value) and value >= 1
+      self._check(name, whole, 'a whole number, at least 1')
+    for name in FLAGS:
+      # Of a text, that of 'False' too, Python would take the truth for True.
+      self._check(name, isinstance(getattr(self, name), bool), 'True or False')
+
+  def _check(self, name: str, right: bool, what: str) -> None:
+    value = getattr(self, name)
+    if value is not None and not right:
+      raise ValueError(
+        f'{name} of the rule for {self.pattern!r} must be {what}, got {value!r}'
+      )
+
+
+def _are_bounds(bits: Any, low: int) -> bool:
+  """Whether these are the smallest and the largest bits, both within range."""
+  if not isinstance(bits, (tuple, list)) or len(bits) != 2:
+    return False
+  if not all(_is_a(numbers.Real, b) for b in bits):
+    return False
+  return low <= bits[0] <= bits[1] <= MAX_BITS
+
+
+def _is_a(kind: type, value: Any) -> bool:
+  """Whether a value is a number of a kind; True and False are none."""
+  return isinstance(value, kind) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -171,8 +171,22 @@ def _check(run: setting.Run, model):
     allocate.check_reachable(net, run.budgets or {'bops': 1.0}, choices)
   if config.method == 'uniform':
     allocate.uniform(net, *config.uniform_bits)  # checks them
-  if config.method == 'two_stage':  # bits alone must do what pruning leaves
-    whole = phases.compressed(run, model, [methods.UNPRUNED])
-    left = config.budget / config.two_stage_macs
-    allocate.check_reachable(whole, left, choices)
+  if config.method == 'two_stage':
+    _check_stages(run, model, net)
   return net
+
+
+def _check_stages(run: setting.Run, model, net) -> None:
+  """Finds out whether each of two stages can do its part."""
+  config, choices = run.config, run.config.bit_choices or None
+  macs = config.two_stage_macs
+  least = allocate.reachable(net, choices, 'macs')
+  if macs < least:
+    raise ValueError(
+      f'two_stage_macs={macs:.4g} cannot be reached: with the fewest channels '
+      f'that the rules allow, {least:.4g} of the MACs are left; raise it, or '
+      'allow more pruning'
+    )
+  # Bits alone must do what pruning leaves.
+  whole = phases.compressed(run, model, [methods.UNPRUNED])
+  allocate.check_reachable(whole, config.budget / macs, choices)

@@ -313,7 +313,7 @@ def rules_of(config) -> list[compress.Rule]:
   known = [field.name for field in dataclasses.fields(compress.Rule)]
   rules = [dict(rule) for rule in config.rules]
   for rule in rules:
-    unknown = sorted(rule.keys() - set(known))
+    unknown = sorted(rule.keys() - set(known), key=str)
     if unknown or 'pattern' not in rule:
       what = f'has no field {unknown[0]!r}' if unknown else 'needs a pattern'
       raise ValueError(f'rule {rule} {what}; known: {", ".join(known)}')

@@ -8,6 +8,7 @@ and `model.train()`.
 from collections.abc import Callable
 import difflib
 import inspect
+import numbers
 from typing import Any
 
 from flax import nnx
@@ -54,8 +55,8 @@ def create(name: str, *, seed: int = 0, **kwargs: Any) -> Any:
     The model, with `input_shape` = (height, width, channels) of one image.
 
   Raises:
-    ValueError: no such model or no such argument, or the constructor refuses
-      a value.
+    ValueError: no such model or no such argument, no class, or the constructor
+      refuses a value.
 
   >>> create('digits_cnn').input_shape
   (8, 8, 1)
@@ -67,6 +68,12 @@ def create(name: str, *, seed: int = 0, **kwargs: Any) -> Any:
   for key in kwargs:
     if key not in known:
       raise ValueError(f'{name} takes no argument {key!r}{_hint(key, known)}')
+  classes = kwargs.get('num_classes', 1)
+  if not isinstance(classes, numbers.Integral) or classes < 1:
+    raise ValueError(
+      f'num_classes of {name} must be a whole number, at least 1; '
+      f'got {classes!r}'
+    )
   return constructor(**kwargs, rngs=nnx.Rngs(seed))
 
 
