@@ -314,6 +314,30 @@ def test_bad_batches(x, message):
     compress.compress(small_cnn()[0], x=x)
 
 
+class Switched(nnx.Module):
+  """A model whose code asks whether it is trained, and how it pools."""
+
+  def __init__(self, rngs):
+    self.hidden = nnx.Linear(3, 16, rngs=rngs)
+    self.head = nnx.Linear(16, 2, rngs=rngs)
+
+  def __call__(self, x, train, pool='mean'):
+    x = nnx.relu(self.hidden(x))
+    if train:
+      raise RuntimeError('it is not trained here')
+    return self.head(x.mean(1) if pool == 'mean' else x.max(1))
+
+
+def test_arguments_that_are_no_arrays_reach_the_code_as_they_are():
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(4, 5, 3)), jnp.float32)
+  net = compress.compress(Switched(nnx.Rngs(0)), x=(x, False, 'max'))
+  frozen = compress.freeze(net, plan_for(net, masks_of(net), 4), x, False)
+  assert frozen(x, False).shape == (4, 2)
+  inputs = compress.inputs_of(frozen, x, False, 'max')
+  assert inputs['head'][0].shape == (4, frozen.gates[0].size)
+
+
 @standard_promotion
 def test_the_model_stays_and_its_compressed_copy_computes_nearly_the_same():
   model, x = small_cnn()

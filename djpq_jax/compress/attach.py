@@ -25,7 +25,7 @@ def compress(
     model: any nnx model, trained or not; it is left as it is.
     rules: what differs from the defaults, see `Rule` and `resolve`.
     x: a batch of real inputs, or a tuple of arguments: activations are
-      calibrated on it.
+      calibrated on it.  What is no array is passed on as it is.
     bits: bits that every grid begins with, within its bounds.
 
   Returns:
@@ -40,7 +40,8 @@ def compress(
     raise ValueError(
       'compress needs a batch of real inputs x, to calibrate activations on'
     )
-  for leaf in jax.tree.leaves(args):
+  arrays, _ = graph_lib.split_arrays(args)
+  for leaf in arrays:
     if not np.all(np.isfinite(np.asarray(leaf, np.float32))):
       raise ValueError('the calibration batch has values that are not finite')
   view = wrapped.eval_view(model)

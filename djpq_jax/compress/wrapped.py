@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 import jax
 
+from djpq_jax import graph as graph_lib
 from djpq_jax import layers
 from djpq_jax import taps
 from djpq_jax.compress import structure as structure_lib
@@ -102,8 +103,9 @@ def look(
 ) -> list[taps.Seen]:
   """What passes some taps in prediction, for each of them."""
   graphdef, state = nnx.split(eval_view(model))
+  arrays, whole = graph_lib.split_arrays(args)  # the code asks what others are
 
-  def run(state, args):
-    nnx.merge(graphdef, state)(*args)
+  def run(state, arrays):
+    nnx.merge(graphdef, state)(*whole(arrays))
 
-  return taps.look(places, run, nnx.as_pure(state), args)
+  return taps.look(places, run, nnx.as_pure(state), arrays)

@@ -27,6 +27,7 @@ layers/2: is an output of the model
 5
 """
 
+from djpq_jax.graph.marking import split_arrays
 from djpq_jax.graph.records import ChannelGraph
 from djpq_jax.graph.records import ChannelGroup
 from djpq_jax.graph.records import MacLayer
@@ -40,5 +41,6 @@ __all__ = [
   'MacLayer',
   'ParamSlice',
   'slice_channels',
+  'split_arrays',
   'trace',
 ]

@@ -1,6 +1,6 @@
 """Traces a model to a jaxpr in which the operands of MAC layers are marked."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 from typing import Any
 
@@ -77,6 +77,24 @@ def is_array(x) -> bool:
   return hasattr(x, 'shape') and hasattr(x, 'dtype')
 
 
+def split_arrays(tree) -> tuple[list[Any], Callable[[Iterable[Any]], Any]]:
+  """The arrays of a tree, and what puts others in their place.
+
+  What is no array, as a bool, stays as it is.
+  """
+  leaves, shape = jax.tree.flatten(tree)
+  is_input = [is_array(leaf) for leaf in leaves]
+
+  def whole(arrays):
+    arrays = iter(arrays)
+    full = [
+      next(arrays) if i else x for x, i in zip(leaves, is_input, strict=True)
+    ]
+    return jax.tree.unflatten(shape, full)
+
+  return [x for x, i in zip(leaves, is_input, strict=True) if i], whole
+
+
 def value_of(leaf):
   """The array (or tree) that a leaf of a flat state holds."""
   return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
@@ -135,8 +153,7 @@ def _variable_name(path, leaf) -> str:
 def program(model, args, kwargs) -> Program:
   """Traces `model(*args, **kwargs)`; the model itself is not touched."""
   graphdef, flat = flat_state(model)
-  leaves, tree = jax.tree.flatten((args, kwargs))
-  is_input = [is_array(leaf) for leaf in leaves]
+  arrays, whole = split_arrays((args, kwargs))
   kinds: dict[str, str] = {}
 
   def call(values, inputs):
@@ -146,16 +163,12 @@ def program(model, args, kwargs) -> Program:
     ]
     copy = nnx.merge(graphdef, nnx.from_flat_state(state))
     kinds.update(_mark_layers(copy))
-    inputs = iter(inputs)
-    full = [
-      next(inputs) if i else x for x, i in zip(leaves, is_input, strict=True)
-    ]
-    call_args, call_kwargs = jax.tree.unflatten(tree, full)
+    call_args, call_kwargs = whole(inputs)
     outputs = copy(*call_args, **call_kwargs)
     return [x for x in jax.tree.leaves(outputs) if is_array(x)]
 
   values = [jax.tree.map(_abstract, value_of(leaf)) for _, leaf in flat]
-  inputs = [_abstract(x) for x, i in zip(leaves, is_input, strict=True) if i]
+  inputs = [_abstract(x) for x in arrays]
   jaxpr, outputs = jax.make_jaxpr(call, return_shape=True)(values, inputs)
   names = []
   for (path, leaf), value in zip(flat, values, strict=True):
