@@ -499,6 +499,21 @@ def test_noise_comes_from_the_key_alone():
   assert np.abs(one - quiet).min() > 0
 
 
+def test_arguments_by_name_have_noise_too():
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(4, 5, 3)), jnp.float32)
+  net = compress.compress(Switched(nnx.Rngs(0)), x=(x, False))
+  key = jax.random.key(0)
+  want = net(x, False, gate_key=key)
+  for got in (
+    net(x=x, train=False, gate_key=key),
+    net(train=False, x=x, gate_key=key),
+  ):
+    np.testing.assert_array_equal(got, want)
+  with pytest.raises(ValueError, match='no array argument'):
+    net(train=False, gate_key=key)
+
+
 @standard_promotion
 def test_a_closed_channel_does_not_matter_and_an_open_one_does():
   chain = built('chain')

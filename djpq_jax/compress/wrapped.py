@@ -29,15 +29,15 @@ class Compressed(nnx.Module):
     """Calls the model.
 
     Args:
-      *args: the model's arguments; the first one is the batch.
+      *args: the model's arguments; the first array is the batch.
       gate_key: draws noisy gates, one per example; without it the gates are
         at their means and closed ones at 0.
-      **kwargs: passed on.
+      **kwargs: likewise, after them.
     """
     if gate_key is None:
       values = [gate.mean() for gate in self.gates]
     else:
-      batch = jax.tree.leaves(args)[0].shape[0]
+      batch = graph_lib.batch_size(args, kwargs)
       values = layers.sample(self.gates, gate_key, batch)
     # Variables of a view, so that a jit or remat inside of the model sees them.
     model = nnx.view(self.model, raise_if_not_found=False)

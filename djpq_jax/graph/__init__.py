@@ -33,6 +33,7 @@ from djpq_jax.graph.records import ChannelGroup
 from djpq_jax.graph.records import MacLayer
 from djpq_jax.graph.records import ParamSlice
 from djpq_jax.graph.surgery import slice_channels
+from djpq_jax.graph.tracing import batch_size
 from djpq_jax.graph.tracing import trace
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
   'ChannelGroup',
   'MacLayer',
   'ParamSlice',
+  'batch_size',
   'slice_channels',
   'split_arrays',
   'trace',

@@ -36,7 +36,7 @@ def trace(model: nnx.Module, *args, **kwargs) -> records.ChannelGraph:
     ValueError: if there is no array argument, if the model's call fails, or if
       it calls no MAC layer.
   """
-  batch = _batch_size(args, kwargs)
+  batch = batch_size(args, kwargs)
   try:
     program = marking.program(model, args, kwargs)
   except Exception as error:
@@ -59,11 +59,12 @@ def trace(model: nnx.Module, *args, **kwargs) -> records.ChannelGraph:
 _is_array = marking.is_array
 
 
-def _batch_size(args, kwargs) -> int:
+def batch_size(args, kwargs) -> int:
+  """The leading axis of the first array among a call's arguments."""
   for x in jax.tree.leaves((args, kwargs)):
     if _is_array(x) and x.shape:
       return x.shape[0]
-  raise ValueError('trace needs an array argument with a leading batch axis')
+  raise ValueError('there is no array argument with a leading batch axis')
 
 
 def _first_line(error) -> str:
