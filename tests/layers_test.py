@@ -563,6 +563,14 @@ def test_a_batch_folded_with_tokens_repeats_each_example():
   np.testing.assert_array_equal(taps['a/b'][0], np.repeat(A, 3, axis=0))
 
 
+@pytest.mark.parametrize('leading', [1, 3, 5])
+def test_a_batch_that_is_not_the_leading_axis_is_refused(leading):
+  x = jnp.ones((leading, 2, 2))  # as time, with the batch after it
+  message = f'layer a/b .* has {leading} entries, of a batch of 2 examples'
+  with pytest.raises(ValueError, match=message):
+    _gated(_linear(WHOLE), A)(x)
+
+
 def test_the_feature_axis_need_not_be_the_last():
   x = jnp.ones((2, 2, 5))
   layer = _linear(WHOLE, n=5, feature_axis=-2)

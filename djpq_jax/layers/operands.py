@@ -114,6 +114,13 @@ class Operands(nnx.Module):
       )
     z = self.values[...]
     if z.shape[0] not in (1, inputs.shape[0]):
+      if inputs.shape[0] % z.shape[0]:
+        raise ValueError(
+          f'layer {self.name} gets inputs whose leading axis has '
+          f'{inputs.shape[0]} entries, of a batch of {z.shape[0]} examples: '
+          'each example has gates of its own, so the batch has to stay the '
+          'leading axis, alone or folded with others'
+        )
       # A batch of examples folded with another axis, as in [B * T, C].
       z = jnp.repeat(z, inputs.shape[0] // z.shape[0], axis=0)
     shape = [1] * inputs.ndim
