@@ -23,7 +23,7 @@ from djpq_jax.export import stablehlo_file
 from djpq_jax.export import sums
 from djpq_jax.export import verify
 
-pytest.importorskip('onnx', reason="needs pip install 'djpq-jax[onnx]'")
+onnx = pytest.importorskip('onnx', reason="needs pip install 'djpq-jax[onnx]'")
 pytest.importorskip('onnxruntime', reason="needs pip install 'djpq-jax[onnx]'")
 
 # They run flax's batch norm.
@@ -274,6 +274,19 @@ def test_what_has_no_form_is_refused_by_name(tmp_path):
 def test_arguments(kwargs, match, tmp_path):
   with pytest.raises(ValueError, match=match):
     written(build('flatten'), tmp_path, **kwargs)
+
+
+def test_facts_of_any_kind(tmp_path):
+  facts = {'license': 'MIT', 'accuracy': 0.9, 'measured_on': {'images': 4}}
+  path = written(build('flatten'), tmp_path, facts=facts).path
+  said = {p.key: p.value for p in onnx.load(str(path)).metadata_props}
+  assert said.pop('license') == 'MIT'
+  assert json.loads(said['accuracy']) == 0.9
+  assert json.loads(said['measured_on']) == {'images': 4}
+  path = written(
+    build('flatten'), tmp_path, facts=facts, format='stablehlo'
+  ).facts_path
+  assert json.loads(path.read_text()).items() >= facts.items()
 
 
 def test_the_facts_of_stablehlo_need_a_place_too(tmp_path):

@@ -76,7 +76,8 @@ def export(
       which runtimes fuse into integer layers where that rounds all alike, and
       else sums of whole numbers in float; 'qdq' has integer layers wherever
       they can be, and deviates; 'integer' has ConvInteger and MatMulInteger.
-    facts: JSON-ready, written into the file or beside it.
+    facts: JSON-ready, written into the file or beside it; ONNX has what is
+      no text as JSON text.
 
   Returns:
     The result.  A file that deviates is not an error here: see

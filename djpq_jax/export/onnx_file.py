@@ -1,9 +1,12 @@
 """ONNX files: written from a graph, and run by ONNX Runtime."""
 
 import collections
+from collections.abc import Mapping
 import functools
+import json
 import pathlib
 import tempfile
+from typing import Any
 
 import numpy as np
 
@@ -46,12 +49,12 @@ def translated(
   return graph, translator.float_layers
 
 
-def to_proto(graph: nodes.Graph, facts: dict[str, str]):
+def to_proto(graph: nodes.Graph, facts: Mapping[str, Any]):
   """An `onnx.ModelProto`, checked.
 
   Args:
     graph: what to write.
-    facts: metadata of the model.
+    facts: metadata of the model, JSON-ready.
   """
   onnx = _require('onnx')
   helper = _require('onnx.helper')
@@ -77,7 +80,11 @@ def to_proto(graph: nodes.Graph, facts: dict[str, str]):
     ir_version=IR_VERSION,
     producer_name='djpq_jax',
   )
-  helper.set_model_props(model, facts)
+  texts = {  # it holds no others
+    name: fact if isinstance(fact, str) else json.dumps(fact)
+    for name, fact in facts.items()
+  }
+  helper.set_model_props(model, texts)
   onnx.checker.check_model(model, full_check=True)
   return model
 
