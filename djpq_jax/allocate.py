@@ -12,6 +12,7 @@ costs over their budgets: 1 where the tightest budget is just met.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 import dataclasses
+import math
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -43,7 +44,16 @@ class Search:
 
 
 def read(model: compress.Compressed) -> Search:
-  """Reads bits and gates off a searched model."""
+  """Reads bits and gates off a searched model.
+
+  Raises:
+    ValueError: the model is frozen, so there is nothing left to plan.
+  """
+  if model.structure.plan is not None:
+    raise ValueError(
+      'the model is frozen: its channels and bits are settled, as its '
+      'structure.plan says; plan for the model that it was made of'
+    )
   weight_bits, act_bits, log_alpha = {}, {}, {}
   for path, _, operands in compress.hooks(model):
     if operands.weight is not None:
@@ -153,7 +163,8 @@ def plan(
     channels allow.
 
   Raises:
-    ValueError: the budget is out of reach; the message says how far it goes.
+    ValueError: the budget is out of reach (the message says how far it goes)
+      or no finite number above 0, or the model is frozen already.
   """
   if budget is None:
     return _Rounder(model, choices, {'bops': 1.0}).at(0.0)
@@ -193,11 +204,17 @@ def _least(model, choices) -> dict[str, float]:
 
 def _by_name(budget: Budget) -> Mapping[str, float]:
   if not isinstance(budget, Mapping):
-    return {'bops': budget}
+    budget = {'bops': budget}
   unknown = sorted(budget.keys() - cost.COSTS.keys())
   if unknown or not budget:
     what = f'no cost {unknown[0]!r}' if unknown else 'no budget'
     raise ValueError(f'there is {what}; known: {", ".join(cost.COSTS)}')
+  for name, limit in budget.items():
+    if not 0 < limit < math.inf:  # nor is it NaN
+      raise ValueError(
+        f'a budget of {cost.COSTS[name]} is a finite number above 0, a share '
+        f'of those of the float32 model, not {limit}'
+      )
   return budget
 
 

@@ -174,6 +174,26 @@ def test_budgets_that_cannot_be():
     allocate.plan(net, {})
 
 
+@pytest.mark.parametrize('share', [float('nan'), float('inf'), 0.0, -0.1])
+def test_budgets_that_are_no_shares(share):
+  net = shared('lenet5')
+  for f in (allocate.plan, allocate.check_reachable, allocate.even_bits):
+    with pytest.raises(ValueError, match=f'budget of BOPs .*not {share}'):
+      f(net, share)
+    with pytest.raises(ValueError, match=f'budget of MACs .*not {share}'):
+      f(net, {'bops': 0.1, 'macs': share})
+
+
+@pytest.mark.parametrize('budget', [None, 0.1, {'macs': 0.5}])
+def test_a_frozen_model_has_nothing_left_to_plan(budget):
+  net = shared('lenet5')
+  plan = allocate.uniform(net, 4, 4)
+  settled = dataclasses.replace(net.structure, plan=plan)
+  frozen = compress.Compressed(net.model, net.gates, settled)
+  with pytest.raises(ValueError, match='the model is frozen'):
+    allocate.plan(frozen, budget)
+
+
 def test_a_budget_beyond_the_bounds_gives_all_that_they_allow():
   net = shared('digits_cnn')
   plan = allocate.plan(net, 0.5)

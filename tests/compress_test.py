@@ -338,6 +338,14 @@ def test_arguments_that_are_no_arrays_reach_the_code_as_they_are():
   assert inputs['head'][0].shape == (4, frozen.gates[0].size)
 
 
+def test_a_compressed_model_is_not_compressed_again():
+  chain = built('chain')
+  net = chain.assemble()
+  for model in (net, compress.eval_view(net)):
+    with pytest.raises(ValueError, match='compressed already'):
+      compress.compress(model, x=chain.x)
+
+
 @standard_promotion
 def test_the_model_stays_and_its_compressed_copy_computes_nearly_the_same():
   model, x = small_cnn()
@@ -828,10 +836,23 @@ def test_bits_that_were_fixed_at_eight_leave_no_trace():
   chain = built('chain')
   net = chain.compress()
   net = compress.freeze(net, plan_for(net, {}, 8), chain.x)
-  assert operands_of(net)['conv1'].weight.symmetric
-  net = compress.freeze(net, plan_for(net, {}, 2), chain.x)
-  levels = operands_of(net)['conv1'].weight.integers(jnp.array([-9.0, 9.0]))
+  grid = operands_of(net)['conv1'].weight
+  assert grid.symmetric
+  kernel = net.model.conv1.kernel[...]
+  grid = compress.attach.at_bits(grid, 2, [kernel], fixed=True)
+  levels = grid.integers(jnp.array([-9.0, 9.0]))
   np.testing.assert_array_equal(levels, [-2, 1])
+
+
+@standard_promotion
+def test_a_frozen_model_is_not_frozen_again():
+  chain = built('chain')
+  net = chain.compress()
+  plan = plan_for(net, masks_of(net), 4)
+  frozen = compress.freeze(net, plan, chain.x)
+  for model in (frozen, harden.harden(frozen)):
+    with pytest.raises(ValueError, match='frozen already'):
+      compress.freeze(model, plan, chain.x)
 
 
 @standard_promotion

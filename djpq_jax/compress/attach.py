@@ -33,8 +33,14 @@ def compress(
 
   Raises:
     ValueError: a rule matches no layer, `x` is missing or not finite, or the
-      model cannot be traced.
+      model cannot be traced, or is compressed already.
   """
+  if isinstance(model, wrapped.Compressed):
+    raise ValueError(
+      'the model is compressed already, and what its gates have learned would '
+      'be lost; pass the model that it was made of, or what '
+      'compress.fold_gates makes of it'
+    )
   args = x if isinstance(x, tuple) else (x,)
   if x is None or any(isinstance(a, jax.ShapeDtypeStruct) for a in args):
     raise ValueError(

@@ -26,7 +26,15 @@ def freeze(
   Returns:
     A new, smaller `Compressed` model.  Its gates are the kept channels'
     means, now learned scales without noise; its quantizers keep their bits.
+
+  Raises:
+    ValueError: the model is frozen already.
   """
+  if model.structure.plan is not None:
+    raise ValueError(
+      'the model is frozen already, and its channels are no longer those that '
+      'plans speak of; freeze the model that it was made of'
+    )
   structure = dataclasses.replace(model.structure, plan=plan)
   inner = graph_lib.slice_channels(
     model.model, structure.graph, dict(plan.open)
