@@ -791,6 +791,34 @@ def test_gates_fold_into_a_plain_model(name):
   assert_costs_as_planned(net, frozen, plan, here.x)
 
 
+class Tied(nnx.Module):
+  """Two layers with one kernel, which reads gated channels in both."""
+
+  def __init__(self, rngs):
+    self.inp = nnx.Linear(3, 8, rngs=rngs)
+    self.one = nnx.Linear(8, 8, rngs=rngs)
+    self.two = nnx.Linear(8, 8, rngs=rngs)
+    self.two.kernel = self.one.kernel
+    self.head = nnx.Linear(8, 2, rngs=rngs)
+
+  def __call__(self, x):
+    x = nnx.relu(self.one(nnx.relu(self.inp(x))))
+    return self.head(nnx.relu(self.two(x)))
+
+
+def test_gates_fold_once_into_a_kernel_that_layers_share():
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
+  net = compress.compress(Tied(nnx.Rngs(0)), [FLOAT], x)
+  assert {'one', 'two'} <= {p for p, o in operands_of(net).items() if o.gate}
+  for gate in net.gates:
+    gate.mu[...] = jnp.full(gate.size, 2.0)
+  frozen = compress.freeze(net, plan_for(net, {}), x)
+  before = pure(frozen)
+  plain = compress.fold_gates(frozen)
+  np.testing.assert_allclose(plain(x), frozen(x), rtol=1e-5)
+  assert_same(frozen, before)
+
+
 @standard_promotion
 def test_gates_of_models_that_are_not_settled_or_quantized_do_not_fold():
   chain = built('chain')

@@ -72,7 +72,8 @@ def freeze(
 def fold_gates(model: wrapped.Compressed):
   """The plain float model that a frozen model without quantizers stands for.
 
-  Each gate's scale goes into the kernels that read its channels.
+  Each gate's scale goes into the kernels that read its channels.  Layers that
+  share a kernel have one each afterwards, since their scales can differ.
 
   Raises:
     ValueError: the model is not frozen, or a layer of it is quantized.
@@ -92,6 +93,7 @@ def fold_gates(model: wrapped.Compressed):
       assert layer.in_axis is not None  # else its group has no gate
       shape[layer.in_axis] = -1
       scale = operands.gate.pick(values).reshape(shape)
-      module.kernel.set_value(module.kernel[...] * scale)
+      # A Variable of its own: what others share must not be scaled again.
+      module.kernel = module.kernel.replace(module.kernel[...] * scale)
     module.promote_dtype = nnx.static(operands.promote)
   return plain
