@@ -1,5 +1,6 @@
 """What is saved comes back bit for bit; anything else says what is wrong."""
 
+import enum
 import functools
 import json
 import lzma
@@ -20,6 +21,7 @@ import djpq_jax
 from djpq_jax import checkpoint
 from djpq_jax import compress
 from djpq_jax import evaluation
+from djpq_jax import graph
 from djpq_jax import harden
 from djpq_jax import integer
 from djpq_jax import stablehlo
@@ -593,6 +595,164 @@ def test_states_that_are_no_parameters(tmp_path):
   np.testing.assert_array_equal(found, wanted)
   run = checkpoint.load_program(tmp_path / 'artifact')
   np.testing.assert_array_equal(run(images), wanted)
+
+
+class Tokens(nnx.Module):
+  """Takes whole numbers."""
+
+  def __init__(self, rngs):
+    self.table = nnx.Embed(20, 6, rngs=rngs)
+    self.hidden = nnx.Linear(6, 12, rngs=rngs)
+    self.head = nnx.Linear(12, tiny.CLASSES, rngs=rngs)
+
+  def __call__(self, ids):
+    return self.head(nnx.relu(self.hidden(self.table(ids))).mean(1))
+
+
+class Two(nnx.Module):
+  """Takes two arrays."""
+
+  def __init__(self, rngs):
+    self.one = nnx.Linear(5, 12, rngs=rngs)
+    self.two = nnx.Linear(3, 8, rngs=rngs)
+    self.head = nnx.Linear(20, tiny.CLASSES, rngs=rngs)
+
+  def __call__(self, x, y):
+    x, y = nnx.relu(self.one(x)), nnx.relu(self.two(y))
+    return self.head(jnp.concatenate([x, y], -1))
+
+
+class Batch(Tokens):
+  """Takes a dict, and what is no array."""
+
+  def __call__(self, batch, train, pool):
+    assert not train
+    assert pool == ('mean', 1)
+    x = nnx.relu(self.hidden(self.table(batch['ids'])))
+    return self.head((x * batch['mask'][..., None]).mean(1))
+
+
+RNG = np.random.default_rng(0)
+IDS = RNG.integers(0, 20, (8, 7)).astype(np.int32)
+MASK = RNG.random((8, 7)).astype(np.float32)
+ONE = RNG.normal(size=(8, 5)).astype(np.float32)
+OTHER = RNG.normal(size=(8, 3)).astype(np.float32)
+
+
+def hardened_with(model, args, kwargs=None):
+  """A hardened model that was traced with such arguments."""
+  traced = graph.trace(model, *args, **(kwargs or {}))
+  net = compress.assemble(model, compress.resolve(traced, ()))
+  args = (*args, *(kwargs or {}).values())
+  compress.calibrate(net, *args)
+  return harden.harden(compress.freeze(net, tiny.some_plan(net), *args))
+
+
+@pytest.mark.parametrize(
+  ('kind', 'args', 'kwargs', 'shape'),
+  [
+    (Tokens, (IDS,), {}, (7,)),
+    (Two, (ONE, OTHER), {}, (5,)),
+    (Two, (), {'x': ONE, 'y': OTHER}, (5,)),
+    (Two, (ONE,), {'y': OTHER}, (5,)),
+    (Batch, ({'ids': IDS, 'mask': MASK}, False, ('mean', 1)), {}, (7,)),
+  ],
+)
+def test_a_model_of_other_arguments_comes_back(
+  kind, args, kwargs, shape, tmp_path
+):
+  folder = tmp_path / 'artifact'
+  model = hardened_with(kind(nnx.Rngs(0)), args, kwargs)
+  rows = harden.count(model, *args, *kwargs.values())
+  for saved in (model, None):  # and what was read is written again
+    checkpoint.save(
+      folder,
+      saved or load(folder, kind),
+      rows,
+      model_spec={'name': 'other', 'kwargs': {}},
+      input_shape=shape,
+    )
+  again = load(folder, kind)
+  want = model(*args, **kwargs)
+  np.testing.assert_array_equal(again(*args, **kwargs), want)
+  assert harden.count(again, *args, *kwargs.values()) == rows
+  arrays, _ = graph.split_arrays((args, kwargs))
+  run = checkpoint.load_program(folder)
+  np.testing.assert_allclose(run(*arrays), want, atol=1e-6)
+  assert run(*[a[:3] for a in arrays]).shape == (3, tiny.CLASSES)
+  with pytest.raises(TypeError, match=f'takes {len(arrays)} arrays, not 0'):
+    run()
+
+
+def test_arguments_are_stated_where_they_are_no_images(saved):
+  assert 'arguments' not in index.read(saved)
+
+
+def test_a_fact_of_that_name_is_no_argument(tmp_path):
+  save(tmp_path / 'artifact', arguments={'args': []})
+  load(tmp_path / 'artifact')
+
+
+class Mode(enum.Enum):
+  MEAN = 1
+
+
+class Moded(Tokens):
+  def __call__(self, ids, mode):
+    return super().__call__(ids)
+
+
+@pytest.mark.parametrize(
+  ('kind', 'args', 'shape', 'message'),
+  [
+    (Moded, (IDS, Mode.MEAN), (7,), 'an argument of type Mode, of which'),
+    (Moded, (IDS, float('nan')), (7,), 'an argument of type float, of which'),
+    (Moded, (IDS, jax.random.key(0)), (7,), 'an argument of dtype key<'),
+    (Tokens, (IDS,), (8, 7), r'input_shape is \(8, 7\), but .* shape \(7,\)'),
+    (Two, (ONE, OTHER), (3,), r'input_shape is \(3,\), but .* shape \(5,\)'),
+    (tiny.Mlp, (tiny.batch(8)['image'],), (4, 3, 1), 'cannot be called with f'),
+  ],
+)
+def test_what_could_not_be_read_again_is_not_written(
+  kind, args, shape, message, tmp_path
+):
+  model = hardened_with(kind(nnx.Rngs(0)), args)
+  with pytest.raises(
+    ValueError, match=f'cannot be written: .*{message}'
+  ) as info:
+    checkpoint.save(
+      tmp_path / 'artifact',
+      model,
+      harden.count(model, *args),
+      model_spec={'name': 'other', 'kwargs': {}},
+      input_shape=shape,
+    )
+  assert '\n' not in str(info.value)
+  assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+  'arguments',
+  [
+    3,
+    [],
+    {'args': []},
+    {'args': [], 'kwargs': {}},
+    {'args': [{}], 'kwargs': {}},
+    {'args': [{'value': 3}], 'kwargs': {}},
+    {'args': [{'model': 3}], 'kwargs': {}},
+    {'args': [{'array': {'shape': [2]}}], 'kwargs': {}},
+    {'args': [{'array': {'dtype': 'no', 'shape': [2, 3]}}], 'kwargs': {}},
+    {'args': [{'array': {'dtype': 'int32', 'shape': [-2]}}], 'kwargs': {}},
+    {'args': [{'array': {'dtype': 'int32', 'shape': 'ab'}}], 'kwargs': {}},
+    {'args': [{'array': {'dtype': 'int32', 'shape': [2, 3]}}], 'kwargs': {}},
+  ],
+  ids=str,
+)
+def test_arguments_that_make_no_sense(artifact, arguments):
+  index.write(artifact, index.read(artifact) | {'arguments': arguments})
+  edit(artifact)
+  refused(artifact, 'does not fit the model')
 
 
 def test_a_program_does_not_say_where_it_was_made(saved):

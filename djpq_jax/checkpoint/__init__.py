@@ -28,6 +28,7 @@ import orbax.checkpoint as ocp
 from djpq_jax import files
 from djpq_jax import harden
 from djpq_jax import integer
+from djpq_jax.checkpoint import arguments as arguments_lib
 from djpq_jax.checkpoint import contents
 from djpq_jax.checkpoint import index as index_lib
 from djpq_jax.checkpoint import manifest as manifest_lib
@@ -51,6 +52,7 @@ _MISFITS = (
   ArithmeticError,
   AttributeError,
   LookupError,
+  RecursionError,
   TypeError,
   ValueError,
 )
@@ -73,16 +75,23 @@ def save(
     rows: its count, from `harden.count`.
     model_spec: {'name', 'kwargs'} of the dense model: for `models.create`, or
       any other name, by which people know a class of their own.
-    input_shape: of one example, as (8, 8, 1).
+    input_shape: of one example, as (8, 8, 1); where the model takes several
+      arrays, that of the first.  Dtypes and the other arguments are those
+      that it was compressed with.
     more: further JSON-ready facts for the manifest, as accuracy.
 
   Raises:
-    ValueError: one of them is not what its name says, as accuracy='high'.
+    ValueError: one of them is not what its name says, as accuracy='high', or
+      the model could not be read again, for what it takes.  Nothing is
+      written then.
   """
   entries, arrays = contents.packed(
     model, {row.name: row.weight_bits for row in rows}
   )
-  code, reason = program_lib.serialized(model, input_shape)
+  arguments, stated = _arguments(folder, model, input_shape)
+  code, reason = program_lib.serialized(model, arguments)
+  if code is None:  # else it was called with them
+    _refuse(folder, arguments_lib.problem(model, arguments))
   manifest = {
     'format': manifest_lib.FORMAT,
     'version': manifest_lib.VERSION,
@@ -98,19 +107,32 @@ def save(
     'float_layers': integer.left_float(model),
     'program': reason or program_lib.FILE_NAME,
   }
-  fault = manifest_lib.problem(manifest | {'sha256': ''})
-  if fault:
-    raise ValueError(f'{folder} cannot be written: {fault}')
+  _refuse(folder, manifest_lib.problem(manifest | {'sha256': ''}))
   index = {
     'inputs': contents.inputs(model),
     'reasons': {g.name: g.reason for g in model.structure.groups if g.reason},
     'plan': model.structure.plan.to_json(),
     'arrays': entries,
+    **({} if stated is None else {'arguments': stated}),
   }
   with files.to_write(
     files.absolute(files.path(folder)), manifest_lib.FILE_NAME
   ) as partial:
     _write(partial, manifest, index, arrays, code)
+
+
+def _arguments(folder, model, input_shape):
+  """What the model will be traced with, and what the index says of it."""
+  try:
+    arguments = arguments_lib.of(model, input_shape)
+    return arguments, arguments_lib.to_json(arguments)
+  except ValueError as error:
+    raise ValueError(f'{folder} cannot be written: {error}') from error
+
+
+def _refuse(folder, fault: str) -> None:
+  if fault:
+    raise ValueError(f'{folder} cannot be written: {fault}')
 
 
 def _write(
@@ -227,7 +249,7 @@ def _read(folder) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   """Manifest with index, and the arrays, once the hash of all is right."""
   with _whole(folder) as (manifest, here):
     try:
-      manifest |= index_lib.read(here)
+      manifest |= {'arguments': None} | index_lib.read(here)
     except (OSError, ValueError) as error:
       raise ArtifactError(
         f'{folder}/{index_lib.FILE_NAME} is damaged: {files.first_line(error)}'

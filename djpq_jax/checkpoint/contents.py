@@ -11,6 +11,7 @@ from djpq_jax import compress
 from djpq_jax import graph as graph_lib
 from djpq_jax import harden
 from djpq_jax import layers
+from djpq_jax.checkpoint import arguments
 from djpq_jax.checkpoint import manifest as manifest_lib
 from djpq_jax.checkpoint import packing
 from djpq_jax.checkpoint import program as program_lib
@@ -96,9 +97,10 @@ def skeleton(manifest, dense) -> harden.HardenedModel:
   """The hardened model with shapes in place of arrays."""
   plan = compress.Plan.from_json(manifest['plan'])
   model = compress.eval_view(nnx.eval_shape(dense))
-  shape = (2, *manifest['input_shape'])
-  x = jax.ShapeDtypeStruct(shape, jnp.float32)
-  graph = graph_lib.trace(model, x)
+  args, kwargs = arguments.from_json(
+    manifest['arguments'], manifest['input_shape']
+  )
+  graph = graph_lib.trace(model, *args, **kwargs)
   groups = tuple(
     compress.GroupSettings(
       name=g.name,

@@ -12,22 +12,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from djpq_jax import compress
+from djpq_jax import graph as graph_lib
 from djpq_jax import harden
 from djpq_jax import integer
 from djpq_jax import stablehlo
+from djpq_jax.checkpoint import arguments as arguments_lib
 from djpq_jax.checkpoint import xz
 
 FILE_NAME = 'program.xz'
 
 
 def serialized(
-  model: harden.HardenedModel, input_shape
+  model: harden.HardenedModel, arguments: arguments_lib.Arguments
 ) -> tuple[bytes | None, str]:
-  """The program of a hardened model, for any number of images.
+  """The program of a hardened model, for any number of examples.
 
   Args:
     model: what it is to compute; its arrays are arguments by their names.
-    input_shape: of one example, as (8, 8, 1).
+    arguments: what else it takes; the program takes the arrays among them,
+      the rest is as it is here.
 
   Returns:
     (The compressed program, ''), or (None, why there is none).
@@ -40,19 +43,19 @@ def serialized(
   stored = names(model)
   constants = {k: v for k, v in values.items() if k not in stored}
 
-  def predict(arrays, images):
+  def predict(arrays, *given):
     whole = [(keys[name], v) for name, v in (constants | arrays).items()]
     model = nnx.merge(graphdef, nnx.from_flat_state(whole))
-    return model(images).astype(jnp.float32)
+    args, kwargs = call_of(given)
+    return model(*args, **kwargs).astype(jnp.float32)
 
   arrays = {
     name: jax.ShapeDtypeStruct(values[name].shape, values[name].dtype)
     for name in stored
   }
+  inputs, call_of = graph_lib.split_arrays(arguments_lib.open_batch(arguments))
   try:
-    exported = stablehlo.export(
-      predict, arrays, stablehlo.images(input_shape, None)
-    )
+    exported = stablehlo.export(predict, arrays, *inputs)
   except stablehlo.NotExportable as error:
     return None, str(error)
   return xz.compress(bytes(exported.serialize())), ''
@@ -83,8 +86,18 @@ class Program:
     exported = jax.export.deserialize(bytearray(xz.decompress(content)))
     stablehlo.check(exported)
     self._arrays = {name: jnp.asarray(value) for name, value in arrays.items()}
+    self._dtypes = [x.dtype for x in exported.in_avals[len(arrays) :]]
     self._call = jax.jit(exported.call)
 
-  def __call__(self, images) -> jax.Array:
-    """Images [B, ...] -> logits [B, classes], float32."""
-    return self._call(self._arrays, jnp.asarray(images, jnp.float32))
+  def __call__(self, *inputs) -> jax.Array:
+    """Images [B, ...] -> logits [B, classes], float32.
+
+    A model with other arguments takes the arrays among them, in their order;
+    those of a dict, or by name, in that of the names.
+    """
+    if len(inputs) != len(self._dtypes):
+      raise TypeError(
+        f'the program takes {len(self._dtypes)} arrays, not {len(inputs)}'
+      )
+    given = [jnp.asarray(x, t) for x, t in zip(inputs, self._dtypes)]
+    return self._call(self._arrays, *given)

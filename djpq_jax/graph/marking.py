@@ -105,7 +105,8 @@ def with_value(leaf, value):
   return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value
 
 
-def _abstract(x):
+def shape_of(x):
+  """Shape and dtype of an array; anything else as it is."""
   return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_array(x) else x
 
 
@@ -120,7 +121,7 @@ def abstract(model):
   graphdef, flat = flat_state(model)
   # Bare arrays stay: nnx takes a bare shape for a static attribute.
   flat = [
-    (path, with_value(leaf, jax.tree.map(_abstract, value_of(leaf))))
+    (path, with_value(leaf, jax.tree.map(shape_of, value_of(leaf))))
     if isinstance(leaf, nnx.Variable)
     else (path, leaf)
     for path, leaf in flat
@@ -167,8 +168,8 @@ def program(model, args, kwargs) -> Program:
     outputs = copy(*call_args, **call_kwargs)
     return [x for x in jax.tree.leaves(outputs) if is_array(x)]
 
-  values = [jax.tree.map(_abstract, value_of(leaf)) for _, leaf in flat]
-  inputs = [_abstract(x) for x in arrays]
+  values = [jax.tree.map(shape_of, value_of(leaf)) for _, leaf in flat]
+  inputs = [shape_of(x) for x in arrays]
   jaxpr, outputs = jax.make_jaxpr(call, return_shape=True)(values, inputs)
   names = []
   for (path, leaf), value in zip(flat, values, strict=True):

@@ -1,6 +1,7 @@
 """What `trace` returns: the MAC layers and the channel groups that tie them."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -106,11 +107,15 @@ class ChannelGraph:
     groups: channel groups; `MacLayer.in_group` indexes them.
     other_macs: (description, multiply-accumulates per example) of each product
       outside of the layers: two activations, or a raw parameter.
+    arguments: what the model was traced with, by position and by name:
+      `jax.ShapeDtypeStruct` in place of arrays, anything else as it is.  None
+      where nobody has noted it.
   """
 
   layers: dict[str, MacLayer]
   groups: tuple[ChannelGroup, ...]
   other_macs: tuple[tuple[str, int], ...]
+  arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
   @property
   def float_macs(self) -> int:

@@ -52,7 +52,10 @@ def trace(model: nnx.Module, *args, **kwargs) -> records.ChannelGraph:
       'LinearGeneral, Einsum, ConvTranspose or a module like them with a '
       'promote_dtype hook and a kernel)'
     )
-  graph = grouping.build(found, program.kinds)
+  graph = dataclasses.replace(
+    grouping.build(found, program.kinds),
+    arguments=jax.tree.map(marking.shape_of, (args, kwargs)),
+  )
   return _verified(graph, model, args, kwargs, program)
 
 
