@@ -571,6 +571,11 @@ def test_a_batch_that_is_not_the_leading_axis_is_refused(leading):
     _gated(_linear(WHOLE), A)(x)
 
 
+def test_a_single_example_of_a_batch_is_refused():
+  with pytest.raises(ValueError, match=r'a/b gets a single example, as under'):
+    jax.vmap(_gated(_linear(WHOLE), A))(jnp.ones((2, 2)))
+
+
 def test_the_feature_axis_need_not_be_the_last():
   x = jnp.ones((2, 2, 5))
   layer = _linear(WHOLE, n=5, feature_axis=-2)

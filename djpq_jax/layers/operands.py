@@ -113,6 +113,12 @@ class Operands(nnx.Module):
         'its gates are missing; call the Compressed model instead'
       )
     z = self.values[...]
+    assert self.feature_axis is not None  # else its group has no gate
+    if z.shape[0] > 1 and inputs.ndim + self.feature_axis == 0:
+      raise ValueError(
+        f'layer {self.name} gets a single example, as under jax.vmap, but each '
+        'of a batch has gates of its own; call it on the whole batch'
+      )
     if z.shape[0] not in (1, inputs.shape[0]):
       if inputs.shape[0] % z.shape[0]:
         raise ValueError(
@@ -125,7 +131,6 @@ class Operands(nnx.Module):
       z = jnp.repeat(z, inputs.shape[0] // z.shape[0], axis=0)
     shape = [1] * inputs.ndim
     shape[0] = z.shape[0]
-    assert self.feature_axis is not None  # else its group has no gate
     shape[self.feature_axis] = z.shape[1]
     # The product is taken in the input's dtype: it is quantized next.
     return inputs * z.reshape(shape).astype(inputs.dtype)
