@@ -34,7 +34,8 @@ class Row(NamedTuple):
 # and cost do without, so that all they need is JAX.
 TABLE = (
   # Small helpers: packages that may be missing, whole files, looks inside.
-  Row('packages taps machine', '', ''),
+  Row('packages machine', '', ''),
+  Row('taps', '', 'jax numpy'),
   # etils reaches object stores as orbax does.
   Row('files', 'packages', 'etils'),
   Row('stablehlo calls', '', 'jax'),
@@ -51,7 +52,7 @@ TABLE = (
   Row('parallel', '', 'jax numpy flax.nnx'),
   Row('graph', 'calls', 'jax numpy flax.nnx'),
   Row('layers', 'ops cost taps', 'jax numpy flax.nnx'),
-  Row('compress', 'ops cost graph layers', 'jax numpy flax.nnx'),
+  Row('compress', 'ops cost graph layers taps', 'jax numpy flax.nnx'),
   Row(ALLOCATION, 'ops cost layers compress', 'jax numpy optax flax.nnx'),
   Row('harden', 'ops cost graph layers compress', 'jax numpy flax.nnx'),
   Row(
