@@ -18,7 +18,6 @@ import flax
 import jax
 import numpy as np
 
-from djpq_jax import config as config_lib
 from djpq_jax import files
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -138,18 +137,12 @@ def _alone(path: pathlib.Path):
     yield
 
 
-PLACES = ('data.dir', 'model.weights')  # where data are changes no figure
-
-
 def settings(config) -> str:
-  """A hash of what a config says otherwise than the default one."""
-  default = dict(_flat(config_lib.default().to_dict()))
-  fields = _flat(config.to_dict())
-  told = sorted(
-    (name, str(value))
-    for name, value in fields
-    if name not in PLACES and value != default.get(name)
-  )
+  """A hash of all that a config says, but for the folders of data."""
+  fields = dict(_flat(config.to_dict()))
+  del fields['data.dir']
+  fields['model.weights'] = pathlib.Path(fields['model.weights']).name
+  told = sorted((name, str(value)) for name, value in fields.items())
   return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
 

@@ -49,7 +49,7 @@ class Tap:
 
     Args:
       late: gets what passes in an inner program (of a jit, a remat or a loop),
-        as numpy arrays and when it has run.  Without it that is an error.
+        when it has run.  Without it that is an error.
     """
     looking = _Looking({}, late, _trace())
     token = self._looking.set(looking)
@@ -82,8 +82,9 @@ class Tap:
         'a loop; only a look from outside sees into it'
       )
     else:
+      # NumPy would wait for a copy that, on one core, waits for this callback.
       add = functools.partial(_append, looking.late, name)
-      jax.debug.callback(lambda x: add(np.asarray(x)), value)
+      jax.debug.callback(add, value)
 
 
 def look(taps: Sequence[Tap], function: Callable, *args) -> list[Seen]:
@@ -94,6 +95,12 @@ def look(taps: Sequence[Tap], function: Callable, *args) -> list[Seen]:
     function: of arrays; its result is not used.
     *args: what it is called with.
   """
+  for x in jax.tree.leaves(args):
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+      raise ValueError(
+        'a look inside needs arrays that this process holds whole; gather them '
+        'first, as djpq_jax.parallel.gather does'
+      )
   late: list[Seen] = [{} for _ in taps]
 
   @jax.jit
@@ -106,11 +113,15 @@ def look(taps: Sequence[Tap], function: Callable, *args) -> list[Seen]:
       function(*args)
     return seen
 
-  found = run(*args)
-  jax.effects_barrier()
-  for seen, more in zip(found, late):
-    for name, values in more.items():
-      seen.setdefault(name, []).extend(values)
+  try:
+    found = run(*args)
+    jax.effects_barrier()
+    for seen, more in zip(found, late):
+      for name, values in more.items():
+        seen.setdefault(name, []).extend(map(np.asarray, values))
+  finally:
+    for more in late:  # inner programs that JAX keeps hold on to it
+      more.clear()
   return found
 
 

@@ -4,6 +4,8 @@ import dataclasses
 import fractions
 import functools
 import json
+import subprocess
+import sys
 
 from flax import nnx
 import graph_test
@@ -615,6 +617,37 @@ def test_layers_in_inner_programs_are_calibrated_frozen_and_hardened(name):
   assert [np.asarray(s).dtype for s in sums['inner']] == [
     np.dtype(np.int32)
   ] * len(seen['inner'])
+
+
+def test_a_look_into_inner_programs_ends_on_one_core_and_leaves_nothing():
+  code = """
+import os
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import jax, jax.numpy as jnp
+from djpq_jax import taps
+tap = taps.Tap('test')
+inner = jax.jit(lambda x: tap.see('layer', x))
+x = jnp.ones((3_000_000,))
+for _ in range(3):
+  seen, = taps.look([tap], inner, x)
+  assert seen['layer'][0].sum() == x.size
+  del seen
+held = [a for a in jax.live_arrays() if a is not x and a.size == x.size]
+assert not held, held
+"""
+  subprocess.run([sys.executable, '-c', code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize('other', [np.ones((6, 6)), np.full((4, 9), 2.0)])
+def test_a_kernel_of_another_shape_or_scale_is_another_kernel(other):
+  with pytest.raises(ValueError, match='another kernel than it holds'):
+    compress.attach._check_kernel('fc', jnp.ones((4, 9)), [jnp.asarray(other)])
+
+
+def test_a_kernel_in_half_precision_is_the_one_that_is_held():
+  held = jnp.asarray(np.random.default_rng(0).normal(size=(4, 4)), jnp.float32)
+  masked = held.astype(jnp.bfloat16).at[0].set(0)
+  compress.attach._check_kernel('fc', held, [masked])
 
 
 @standard_promotion

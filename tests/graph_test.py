@@ -1361,6 +1361,32 @@ class LayerTest(parameterized.TestCase):
         others = [x.float_reason for p, x in layers.items() if p != 'fc']
         self.assertEqual(''.join(others), '')
 
+  def test_a_stack_of_kernels_is_no_integers(self):
+    def forward(m, x):
+      graphdef, stacked = nnx.split(m.blocks)
+      step = lambda x, state: (nnx.merge(graphdef, state)(x), None)
+      return m.head(jax.lax.scan(step, x, stacked)[0])
+
+    make = nnx.vmap(lambda key: nnx.Linear(5, 5, rngs=nnx.Rngs(key)))
+    model = Net(
+      forward,
+      blocks=make(jax.random.split(jax.random.key(0), 3)),
+      head=nnx.Linear(5, 5, rngs=nnx.Rngs(1)),
+    )
+    layers = graph.trace(model, shape(2, 5)).layers
+    self.assertIn('has the kernels of several', layers['blocks'].float_reason)
+    self.assertEqual(layers['head'].float_reason, '')
+
+  def test_an_input_that_parameters_shift_is_still_the_input(self):
+    model = Net(
+      lambda m, x: m.head(m.fc(x - m.mean[...][None])),
+      mean=nnx.Param(jnp.ones(8)),
+      fc=nnx.Linear(8, 8, rngs=nnx.Rngs(0)),
+      head=nnx.Linear(8, 5, rngs=nnx.Rngs(1)),
+    )
+    layers = graph.trace(model, shape(2, 8)).layers
+    self.assertTrue(layers['fc'].first)
+
   def test_a_kernel_of_two_layers_can_be_integers(self):
     model = Net(
       lambda m, x: m.b(m.a(x)),

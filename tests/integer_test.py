@@ -464,6 +464,28 @@ def test_rules_that_leave_a_layer_float():
   assert integer.left_float(build('residual')) == {}
 
 
+class Counting(nnx.Module):
+  """Writes to a Variable of its own when it is called."""
+
+  def __init__(self, rngs):
+    self.fc = nnx.Linear(5, 4, rngs=rngs)
+    self.calls = nnx.Cache(jnp.zeros(()))
+
+  def __call__(self, x):
+    self.calls[...] = self.calls[...] + 1
+    return self.fc(x) * self.calls[...]
+
+
+def test_what_a_model_writes_is_kept():
+  x = jnp.ones((2, 5))
+  net = compress.compress(Counting(nnx.Rngs(0)), (), x)
+  plan = compress.Plan(open={}, weight_bits={'fc': 4}, act_bits={'fc': 8})
+  model = harden.harden(compress.freeze(net, plan, x))
+  lowered = integer.lower(model)
+  for _ in range(3):
+    np.testing.assert_allclose(lowered(x), model(x), rtol=1e-5)
+
+
 def test_lowering_leaves_the_model_as_it_was():
   model = build('residual')
   before = nnx.as_pure(nnx.state(model))

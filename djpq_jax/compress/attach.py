@@ -204,8 +204,14 @@ def at_bits(
 def _check_kernel(path: str, held, handed) -> None:
   """Refuses a layer that computes with another kernel than it holds."""
   for kernel in handed:
-    same = (kernel == held) | (kernel == 0)  # a mask leaves zeros
-    if not np.all(same | (np.isnan(held) & np.isnan(kernel))):
+    same = False
+    if kernel.shape == held.shape:
+      own = held.astype(kernel.dtype)
+      # A mask leaves zeros.
+      same = (
+        (kernel == own) | (kernel == 0) | (np.isnan(own) & np.isnan(kernel))
+      )
+    if not np.all(same):
       raise ValueError(
         f'{path} cannot be quantized, since it multiplies by another kernel '
         'than it holds, as nnx.WeightNorm makes one; give it the kernel that '

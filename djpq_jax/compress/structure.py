@@ -80,7 +80,8 @@ class Rule:
       self._check(name, whole, 'a whole number, at least 1')
     for name in FLAGS:
       # Of a text, that of 'False' too, Python would take the truth for True.
-      self._check(name, isinstance(getattr(self, name), bool), 'True or False')
+      flag = isinstance(getattr(self, name), (bool, np.bool_))
+      self._check(name, flag, 'True or False')
 
   def _check(self, name: str, right: bool, what: str) -> None:
     value = getattr(self, name)

@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 
-INPUT = ''  # stands for the model's input in `Traced.sources`
+# Stand in `Traced.sources` for the model's input, and for what was picked from
+# a parameter by it.
+INPUT, PICKED = '', ' '
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,7 +39,8 @@ class Traced:
       equal all along the axis (a broadcast), so that any extent will do.
     tag: set if it is an operand of a MAC layer.
     sources: paths of the MAC layers whose output reaches it without passing
-      another MAC layer, and `INPUT`; empty if it does not depend on data.
+      another MAC layer, `INPUT` and `PICKED`; empty if it does not depend on
+      data.
     params: paths of the Variables that it is made of without a MAC layer.
   """
 

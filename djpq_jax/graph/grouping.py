@@ -46,7 +46,7 @@ def build(found, kinds) -> records.ChannelGraph:
   layers = {
     path: dataclasses.replace(
       _layer(use, kinds[path], index, roots),
-      float_reason=_float_reason(found.ledger, path),
+      float_reason=_float_reason(found, path),
     )
     for path, use in uses.items()
   }
@@ -54,12 +54,16 @@ def build(found, kinds) -> records.ChannelGraph:
   return records.ChannelGraph(layers, _unique_names(groups), others)
 
 
-def _float_reason(ledger, path: str) -> str:
+def _float_reason(found, path: str) -> str:
   """Why a layer's kernel cannot become integers, or '' if it can."""
-  read = ledger.read.intersection(ledger.kernels[path])
-  if not read:
-    return ''
-  return f'the model reads {min(read)} outside of the layer, too'
+  ledger = found.ledger
+  kernels = ledger.kernels[path]
+  if any(len(found.variables[p]) > ledger.ranks[path] for p in kernels):
+    return f'{min(kernels)} has the kernels of several layers'
+  read = ledger.read.intersection(kernels)
+  return (
+    f'the model reads {min(read)} outside of the layer, too' if read else ''
+  )
 
 
 def _all(roots, arrays) -> frozenset[int]:

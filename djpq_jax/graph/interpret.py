@@ -97,6 +97,7 @@ class Interpreter:
     inputs, kernel = operands
     self.ledger.read.update(inputs.params)
     self.ledger.kernels.setdefault(layer, set()).update(kernel.params)
+    self.ledger.ranks[layer] = len(kernel.shape)
     tagged = []
     for x, role in zip(operands, ('inputs', 'kernel'), strict=True):
       ndim = len(x.shape)
@@ -199,6 +200,6 @@ def interpret(program, batch: int) -> Interpretation:
     for label in x.axes:
       units.freeze(label, 'is an output of the model')
     interpreter.ledger.read.update(x.params)
-    for path in x.sources - {arrays.INPUT}:
+    for path in x.sources - {arrays.INPUT, arrays.PICKED}:
       interpreter.ledger.uses[path].last = True
   return Interpretation(interpreter.ledger, variables, inputs, interpreter.sums)

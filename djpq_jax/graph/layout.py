@@ -3,6 +3,7 @@
 Each takes (units, equation, operands) and returns the outputs.
 """
 
+import dataclasses
 import math
 
 import numpy as np
@@ -275,4 +276,10 @@ def gather(units, eqn, operands):
   batch = [d for d in range(len(shape)) if d not in numbers.offset_dims]
   for target, label in zip(batch, indices.axes[:-1], strict=True):
     axes[target] = label if label is not None else axes[target]
-  return arrays.single(eqn, operands, axes)
+  found = arrays.single(eqn, operands, axes)
+  if x.sources or not (x.params and indices.sources):
+    return found
+  # Picked from a parameter, as by an embedding: it depends on the input, but
+  # is none.
+  picked = (indices.sources - {arrays.INPUT}) | {arrays.PICKED}
+  return [dataclasses.replace(y, sources=picked) for y in found]

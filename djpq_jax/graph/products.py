@@ -40,8 +40,10 @@ class Ledger:
   batch: int
   uses: dict[str, Use] = dataclasses.field(default_factory=dict)
   others: list[tuple[str, int]] = dataclasses.field(default_factory=list)
-  # Variables that kernels are made of, by layer, and that others read.
+  # Variables that kernels are made of and axes that they have, by layer; and
+  # Variables that others read.
   kernels: dict[str, set[str]] = dataclasses.field(default_factory=dict)
+  ranks: dict[str, int] = dataclasses.field(default_factory=dict)
   read: set[str] = dataclasses.field(default_factory=set)
 
   def per_example(self, count: int) -> int:
@@ -104,9 +106,8 @@ def _record(ledger, product, repeat, shape):
     use.calls += repeat
   use.weights = math.prod(product.right.shape)
   use.macs += ledger.per_example(product.macs * repeat)
-  # An embedding of the input is no image, nor is a sum with an activation.
-  left = product.left
-  use.first |= left.sources == {arrays.INPUT} and not left.params
+  # A sum of the input and an activation is no image, nor is an embedding.
+  use.first |= product.left.sources == {arrays.INPUT}
   features = math.prod(product.right.shape[d] for d in product.right_free)
   size = math.prod(shape) // max(features, 1)
   use.positions = max(use.positions, ledger.per_example(size))

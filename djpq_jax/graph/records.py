@@ -29,7 +29,7 @@ class MacLayer:
     out_group: int [n_out], likewise for the outputs.
     out_channel: int [n_out].
     depthwise: output channel i depends on input channel i and no other.
-    first: it reads the model's input, and no activation or parameter with it.
+    first: it reads the model's input, and no activation or embedding with it.
     last: it reaches a model output without passing another MAC layer.
     float_reason: why its kernel cannot become integers; '' if it can.
   """

@@ -108,7 +108,7 @@ def _set(module, **attributes):
 
 
 def _linear(module):
-  n_in, n_out = module.kernel.shape
+  *_, n_in, n_out = module.kernel.shape  # of several that are stacked, one
   _set(module, in_features=n_in, out_features=n_out)
 
 

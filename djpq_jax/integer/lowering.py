@@ -63,14 +63,19 @@ class IntegerModel(harden.HardenedModel):
   def __call__(self, *args, **kwargs):
     """Calls the model; see `HardenedModel`."""
     graphdef, state = nnx.split(self)
-    state = nnx.as_pure(state)
+    before = dict(nnx.to_flat_state(nnx.as_pure(state)))
 
     def call(*args, **kwargs):
-      # Of this trace, as some models write to their Variables.
-      model = nnx.merge(graphdef, state)
-      return harden.HardenedModel.__call__(model, *args, **kwargs)
+      # A copy of this trace, as some models write to their Variables.
+      model = nnx.merge(graphdef, nnx.as_pure(state))
+      result = harden.HardenedModel.__call__(model, *args, **kwargs)
+      after = nnx.to_flat_state(nnx.as_pure(nnx.state(model)))
+      return result, {p: x for p, x in after if x is not before.get(p, x)}
 
-    return reproducible.reproducible(call)(*args, **kwargs)
+    result, written = reproducible.reproducible(call)(*args, **kwargs)
+    if written:
+      nnx.update(self, nnx.from_flat_state(list(written.items())))
+    return result
 
 
 def lower(
