@@ -31,5 +31,4 @@ from djpq_jax.compress.wrapped import eval_view as eval_view
 from djpq_jax.compress.wrapped import hooks as hooks
 from djpq_jax.compress.wrapped import inputs_of as inputs_of
 from djpq_jax.compress.wrapped import layer_modules as layer_modules
-from djpq_jax.compress.wrapped import look as look
 from djpq_jax.compress.wrapped import train_view as train_view

@@ -9,6 +9,7 @@ import numpy as np
 from djpq_jax import compress
 from djpq_jax import harden
 from djpq_jax import layers
+from djpq_jax.compress import wrapped
 from djpq_jax.integer import planning
 from djpq_jax.integer import products
 from djpq_jax.integer import reproducible
@@ -139,7 +140,7 @@ def accumulators(model: harden.HardenedModel, *args) -> dict[str, list]:
   Returns:
     Path -> int32 arrays [B, ..., out], one for each call of the layer.
   """
-  return compress.look(model, [products.ACCUMULATORS], *args)[0]
+  return wrapped.look(model, [products.ACCUMULATORS], *args)[0]
 
 
 def _reason(hook: compress.Hook) -> str | None:
