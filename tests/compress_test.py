@@ -650,6 +650,20 @@ def test_a_kernel_in_half_precision_is_the_one_that_is_held():
   compress.attach._check_kernel('fc', held, [masked])
 
 
+def check_refused_unless_float(model, pattern, message, budget):
+  """A rule takes back the refusal, and all forms of the model compute alike."""
+  x = jax.random.normal(jax.random.key(0), (16, 8))
+  with pytest.raises(ValueError, match=message):
+    compress.compress(model, (), x)
+  kept = compress.Rule(pattern=pattern, quantize=False, prune=False)
+  net = compress.compress(model, [kept], x)
+  frozen = compress.freeze(net, allocate.plan(net, budget), x)
+  hardened = harden.harden(frozen)
+  np.testing.assert_allclose(hardened(x), frozen(x), atol=1e-6)
+  lowered = integer.lower(hardened)
+  np.testing.assert_allclose(lowered(x), hardened(x), atol=1e-5)
+
+
 @standard_promotion
 def test_a_layer_with_two_kernels_is_refused_unless_it_stays_float():
   model = graph_test.Net(
@@ -658,16 +672,8 @@ def test_a_layer_with_two_kernels_is_refused_unless_it_stays_float():
     normed=nnx.WeightNorm(nnx.Linear(6, 6, rngs=nnx.Rngs(1)), rngs=nnx.Rngs(3)),
     head=nnx.Linear(6, 4, rngs=nnx.Rngs(2)),
   )
-  x = jax.random.normal(jax.random.key(0), (16, 8))
-  with pytest.raises(ValueError, match=r'normed/.* another kernel than it'):
-    compress.compress(model, (), x)
-  kept = compress.Rule(pattern='normed/*', quantize=False, prune=False)
-  net = compress.compress(model, [kept], x)
-  frozen = compress.freeze(net, allocate.plan(net, 0.5), x)
-  hardened = harden.harden(frozen)
-  np.testing.assert_allclose(hardened(x), frozen(x), atol=1e-6)
-  lowered = integer.lower(hardened)
-  np.testing.assert_allclose(lowered(x), hardened(x), atol=1e-5)
+  message = r'normed/.* another kernel than it'
+  check_refused_unless_float(model, 'normed/*', message, 0.5)
 
 
 @standard_promotion
@@ -677,13 +683,8 @@ def test_a_kernel_that_the_model_reads_itself_is_refused_unless_float():
     fc=nnx.Linear(8, 6, rngs=nnx.Rngs(0)),
     mid=nnx.Linear(6, 6, rngs=nnx.Rngs(1)),
   )
-  x = jax.random.normal(jax.random.key(0), (16, 8))
-  with pytest.raises(ValueError, match=r"fc/kernel outside.*pattern='fc'"):
-    compress.compress(model, (), x)
-  kept = compress.Rule(pattern='fc', quantize=False, prune=False)
-  net = compress.compress(model, [kept], x)
-  frozen = compress.freeze(net, allocate.plan(net, 0.9), x)
-  np.testing.assert_allclose(harden.harden(frozen)(x), frozen(x), atol=1e-6)
+  message = r"fc/kernel outside.*pattern='fc'"
+  check_refused_unless_float(model, 'fc', message, 0.9)
 
 
 # -- counts -------------------------------------------------------------------

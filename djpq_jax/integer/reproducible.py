@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from djpq_jax import calls
+from djpq_jax import graph
 from djpq_jax import taps
 
 # They round no further what they get, so no compiler fuses a product into them.
@@ -38,16 +39,12 @@ def reproducible(function: Callable) -> Callable:
   """
 
   def call(*args, **kwargs):
-    leaves, tree = jax.tree.flatten((args, kwargs))
-    is_array = [isinstance(leaf, (jax.Array, np.ndarray)) for leaf in leaves]
+    arrays, whole = graph.split_arrays((args, kwargs))
 
     def traced(*arrays):
-      given = iter(arrays)
-      whole = [next(given) if a else x for x, a in zip(leaves, is_array)]
-      args, kwargs = jax.tree.unflatten(tree, whole)
+      args, kwargs = whole(arrays)
       return taps.collecting(function)(*args, **kwargs)
 
-    arrays = [leaf for leaf, a in zip(leaves, is_array) if a]
     closed, shapes = jax.make_jaxpr(traced, return_shape=True)(*arrays)
     found = _run(closed.jaxpr, closed.consts, arrays)
     result, seen = jax.tree.unflatten(jax.tree.structure(shapes), found)
