@@ -113,7 +113,7 @@ def _optimizer() -> dict[str, Any]:
     'anneal': True,  # the rate of the weights falls to zero after that
     'quantizer_rate': 1e-2,  # of log clips, steps and exponents
     'gate_rate': 3e-2,  # of the gates' log variances
-    'clip_norm': 5.0,  # largest global norm of the weights' gradients
+    'clip_norm': 5.0,  # largest global norm of the weights' gradients, > 0
     'decay_gates': True,  # rates of gates and quantizers fall as the weights'
   }
 

@@ -99,12 +99,17 @@ def evaluate(
   return accuracy(predictions(model, split, batch_size, mesh), split)
 
 
-def estimate_statistics(model, batches: Iterable[Any]):
+def estimate_statistics(
+  model, batches: Iterable[Any], mesh: jax.sharding.Mesh | None = None
+):
   """Replaces batch-norm statistics by their average over some batches.
 
   Args:
     model: any model; a copy is returned.
-    batches: batches of images, as training sees them.
+    batches: batches of images, as training sees them; over a mesh, this
+      process's share of each.
+    mesh: devices that share each batch; each has statistics of its own, and
+      they are averaged.  None for one device.
 
   Returns:
     The model with new means and variances; as it was if it keeps none.
@@ -114,19 +119,26 @@ def estimate_statistics(model, batches: Iterable[Any]):
     if isinstance(module, nnx.BatchNorm):
       module.momentum = 0.0  # a call leaves its own batch's statistics
   view = compress.train_view(copy)
-  graphdef, stats, *others = nnx.split(view, nnx.BatchStat, ...)
-  rest = nnx.as_pure(others[0])
+  graphdef, *states = nnx.split(view, nnx.BatchStat, ...)
+  state = tuple(map(nnx.as_pure, states))
 
-  @jax.jit
-  def one(stats, x):
-    model = nnx.merge(graphdef, stats, rest)
+  def one(state, x):
+    model = nnx.merge(graphdef, *state)
     model(x)
     return nnx.as_pure(nnx.state(model, nnx.BatchStat))
 
-  stats = nnx.as_pure(stats)
-  seen = [one(stats, x) for x in batches]
-  if not jax.tree.leaves(stats) or not seen:
+  if not jax.tree.leaves(state[0]):
     return model
-  mean = jax.tree.map(lambda *s: sum(s) / len(s), *seen)
+  if mesh is None:
+    one = jax.jit(one)
+  else:
+    state = parallel.replicate(state, mesh)
+    batches = (parallel.spread(x, mesh) for x in batches)
+    one = parallel.jit_mean(one, mesh)
+  # One batch at a time: the next would wait in memory for this one.
+  seen = [jax.tree.map(np.asarray, one(state, x)) for x in batches]
+  if not seen:
+    return model
+  mean = jax.tree.map(lambda *s: jnp.asarray(sum(s) / len(s)), *seen)
   whole_graph, _, *others = nnx.split(nnx.clone(model), nnx.BatchStat, ...)
   return nnx.merge(whole_graph, mean, *others)

@@ -7,6 +7,7 @@ which is also how orbax gets to its checkpoints.
 
 from collections.abc import Iterator
 import contextlib
+import errno
 import os
 import pathlib
 import secrets
@@ -90,6 +91,25 @@ def replace(name: str | os.PathLike[str], content: str | bytes) -> pathlib.Path:
     partial.unlink(missing_ok=True)
     raise
   return where
+
+
+# What does not pass by itself: what is there, and who may do what with it.
+_LASTING = {
+  *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY),
+  *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG),
+  *(errno.ENOSPC, errno.EDQUOT),
+}
+
+
+def may_pass(error: OSError) -> bool:
+  """Whether an error of the system may be gone when the same is tried again.
+
+  >>> may_pass(TimeoutError()), may_pass(OSError(errno.EIO, 'I/O error'))
+  (True, True)
+  >>> may_pass(OSError(errno.ENOSPC, 'No space left on device'))
+  False
+  """
+  return error.errno not in _LASTING
 
 
 def first_line(error: Exception) -> str:

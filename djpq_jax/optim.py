@@ -28,7 +28,7 @@ class OptimizerConfig:
     anneal: whether the rate of the weights falls to zero after that.
     quantizer_rate: peak Adam rate of log clips, steps and exponents.
     gate_rate: peak Adam rate of the log variances of gates.
-    clip_norm: largest global norm of the weights' gradients.
+    clip_norm: largest global norm of the weights' gradients, > 0.
     decay_gates: whether the rates of gates and quantizers fall as the
       weights' do.
   """
@@ -52,6 +52,10 @@ class OptimizerConfig:
     if not self.learning_rate > 0:
       raise ValueError(
         f'learning_rate must be positive, got {self.learning_rate}'
+      )
+    if not self.clip_norm > 0:  # no gradient at all would be left
+      raise ValueError(
+        f'clip_norm must be positive, and large for none; got {self.clip_norm}'
       )
     if not 0 <= self.momentum < 1:
       raise ValueError(f'momentum must be from 0 to below 1: {self.momentum}')

@@ -13,12 +13,15 @@ give a pure step to all of them:
 from collections.abc import Callable
 import functools
 from typing import Any, TypeVar
+import zlib
 
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
 AXIS = 'data'
+# On CPUs: fifty steps at once were seen to wait for each other without end.
+MOST_IN_FLIGHT = 20
 
 T = TypeVar('T')
 Step = Callable[..., tuple[Any, Any]]
@@ -92,10 +95,7 @@ def mesh(devices=None) -> jax.sharding.Mesh:
 
 
 def replicate(tree: T, mesh: jax.sharding.Mesh) -> T:
-  """Puts a copy of every array on every device.
-
-  All processes must hold the same values.
-  """
+  """Puts a copy of every array of process 0 on every device of all."""
   sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
   def put(x):
@@ -106,7 +106,46 @@ def replicate(tree: T, mesh: jax.sharding.Mesh) -> T:
       local.shape, sharding, lambda index: local[index]
     )
 
-  return jax.tree.map(lambda x: _with_raw_keys(put, x), tree)
+  return jax.tree.map(lambda x: _with_raw_keys(put, x), agreed(tree))
+
+
+def agreed(tree: T) -> T:
+  """What process 0 holds, in all of them, to the bit.
+
+  What processes compute each for themselves may differ in its last bits where
+  their machines do; what all of them go on with must not.
+
+  Args:
+    tree: numbers and arrays, of the same shapes and dtypes in all processes.
+
+  Returns:
+    The same tree of NumPy arrays; with a single process, as it was.
+
+  Raises:
+    ValueError: shapes or dtypes differ; in all processes.
+  """
+  leaves, structure = jax.tree.flatten(tree)
+  if jax.process_count() == 1 or not leaves:
+    return tree
+  found = [np.asarray(_raw(leaf)) for leaf in leaves]
+  kinds = str([(x.shape, x.dtype.name) for x in found]).encode()
+  digests = multihost_utils.process_allgather(np.uint32(zlib.crc32(kinds)))
+  if np.any(digests != digests[0]):
+    raise ValueError(
+      'the processes hold arrays of other shapes: give all of them the same '
+      'config, data and version of djpq_jax'
+    )
+  # As bytes: a sum with zeros would lose the sign of a zero.
+  content = b''.join(x.tobytes() for x in found)
+  content = multihost_utils.broadcast_one_to_all(
+    np.frombuffer(content, np.uint8)
+  ).tobytes()
+  start, same = 0, []
+  for leaf, x in zip(leaves, found):
+    part = np.frombuffer(content[start : start + x.nbytes], x.dtype)
+    same.append(_keyed(part.reshape(x.shape).copy(), leaf))
+    start += x.nbytes
+  return jax.tree.unflatten(structure, same)
 
 
 def gather(tree: T) -> T:
@@ -121,9 +160,23 @@ def gather(tree: T) -> T:
 
 def _with_raw_keys(fn, x):
   """Applies `fn` to an array, or to the numbers of a random key."""
-  if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-    return fn(x)
-  data = fn(jax.random.key_data(x))
+  return _keyed(fn(_raw(x)), x)
+
+
+def _is_key(x) -> bool:
+  dtype = getattr(x, 'dtype', None)
+  return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def _raw(x):
+  """An array or number, or the numbers of a random key."""
+  return jax.random.key_data(x) if _is_key(x) else x
+
+
+def _keyed(data, x):
+  """Undoes `_raw`: a random key where `x` is one."""
+  if not _is_key(x):
+    return data
   return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
 
 
@@ -142,6 +195,18 @@ def spread(batch: T, mesh: jax.sharding.Mesh) -> T:
     lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
     batch,
   )
+
+
+def pace(number: int, result) -> None:
+  """Now and then waits for a result, where devices share the cores of a CPU.
+
+  Args:
+    number: of the program that has the result, counted from 0.
+    result: any arrays.
+  """
+  shared = jax.default_backend() == 'cpu' and jax.device_count() > 1
+  if shared and number % MOST_IN_FLIGHT == MOST_IN_FLIGHT - 1:
+    jax.block_until_ready(result)
 
 
 def jit_step(step: Step, mesh: jax.sharding.Mesh) -> Step:
@@ -200,9 +265,30 @@ def jit_function(
   def collected(state, batch):
     return jax.lax.all_gather(function(state, batch), AXIS, tiled=True)
 
+  return _mapped(collected, mesh)
+
+
+def jit_mean(
+  function: Callable[[T, jax.Array], Any], mesh: jax.sharding.Mesh
+) -> Callable[[T, jax.Array], Any]:
+  """Maps a function over devices; all get the mean of its results.
+
+  Args:
+    function: (state, batch) -> float arrays; see `jit_function`.
+    mesh: likewise.
+  """
+
+  def averaged(state, batch):
+    return jax.lax.pmean(function(state, batch), AXIS)
+
+  return _mapped(averaged, mesh)
+
+
+def _mapped(function, mesh: jax.sharding.Mesh):
+  """A function of a device's share, of which all devices get the same."""
   spec = jax.sharding.PartitionSpec
   mapped = jax.shard_map(
-    collected,
+    function,
     mesh=mesh,
     in_specs=(spec(), spec(AXIS)),
     out_specs=spec(),

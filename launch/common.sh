@@ -32,17 +32,20 @@ count() {
   [ "$2" -ge "$3" ] || fail "$1 must be at least $3, and is $2"
 }
 
-# Finds a mistake here that djpq would find at the end of a queue.
+# Finds a mistake here that djpq would find at the end of a queue, or that
+# would cost the run what it saved.
 check_arguments() {
-  local option argument given
-  for option in --config --workdir; do
-    given=
-    for argument in "$@"; do
-      case $argument in "$option" | "$option"=*) given=1 ;; esac
-    done
-    [ -n "$given" ] ||
-      fail "$option is missing after --, where the arguments of djpq train go"
+  local argument config='' workdir=''
+  local where='where the arguments of djpq train go'
+  for argument in "$@"; do
+    case $argument in
+      --config | --config=*) config=1 ;;
+      --workdir | --workdir=*) workdir=1 ;;
+      --ov*) fail '--overwrite begins anew at each start; delete the workdir' ;;
+    esac
   done
+  [ -n "$config" ] || fail "--config is missing after --, $where"
+  [ -n "$workdir" ] || fail "--workdir is missing after --, $where"
 }
 
 # The words of a command, quoted for any shell; printf %q is for bash alone.
@@ -71,9 +74,9 @@ run() {
   fi
 }
 
-# restarting N command ...: starts it again, N times at most, while it ends
-# with another status than 0 (done) or 2 (the user's mistake) and nobody asked
-# us to stop. The command goes on where the run was saved.
+# restarting N command ...: starts it again, N times at most, unless it ends
+# with status 0 (done), 2 (what no restart mends) or 130 (somebody stopped it),
+# or we are asked to stop. The command goes on where the run was saved.
 restarting() {
   local left=$1 status stopped=
   shift
@@ -81,7 +84,7 @@ restarting() {
   while :; do
     status=0
     "$@" || status=$?
-    case $status in 0 | 2) break ;; esac
+    case $status in 0 | 2 | 130) break ;; esac
     if [ -n "$stopped" ] || [ "$left" -eq 0 ]; then
       break
     fi

@@ -13,7 +13,7 @@ metadata() {
   [ -z "$namespace" ] || echo "  namespace: $(yaml "$namespace")"
 }
 
-# If a pod fails, all start again; after a user's mistake (status 2) none does.
+# If a pod fails, all start again; after what no restart mends (2) none does.
 job_set() {
   echo 'apiVersion: jobset.x-k8s.io/v1alpha2'
   echo 'kind: JobSet'

@@ -61,6 +61,15 @@ everywhere() {
   tpus tpu-vm ssh "$name" --worker all --command "$1"
 }
 
+# What `stop` ended from another shell is not to be started again here.
+before='rm -f djpq-stop; '
+train() {
+  local first=$before
+  before=
+  everywhere "${first}djpq/bin/djpq train $1 --distributed \
+|| { s=\$?; test ! -e djpq-stop || s=130; exit \$s; }"
+}
+
 case $action in
   create)
     require --type "$type"
@@ -79,9 +88,8 @@ case $action in
     ;;
   train)
     check_arguments "$@"
-    restarting "$restarts" \
-      everywhere "djpq/bin/djpq train $(quoted "$@") --distributed"
+    restarting "$restarts" train "$(quoted "$@")"
     ;;
-  stop) everywhere 'pkill -TERM -x djpq' ;;
+  stop) everywhere 'touch djpq-stop; pkill -TERM -x djpq' ;;
   delete) tpus queued-resources delete "$name" --force ;;
 esac

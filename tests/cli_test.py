@@ -1,6 +1,7 @@
 """The commands: what they print, write, refuse, and say when they refuse."""
 
 import contextlib
+import errno
 import io
 import json
 import pathlib
@@ -689,7 +690,7 @@ def test_a_config_that_is_missing(tmp_path, capsys):
   assert 'none.py is neither a file nor a packaged config' in said
 
 
-def test_training_that_breaks_has_its_own_status(
+def test_training_that_cannot_go_on_is_not_to_be_restarted(
   config, tmp_path, capsys, monkeypatch
 ):
   def broken(*args, **kwargs):
@@ -697,9 +698,36 @@ def test_training_that_breaks_has_its_own_status(
 
   monkeypatch.setattr(experiment, 'run', broken)
   args = ['train', '--config', config, '--workdir', str(tmp_path / 'run')]
-  assert cli.main(args) == 1
+  assert cli.main(args) == 2
   printed = capsys.readouterr()
   assert 'djpq: training stopped at step 3: the batch is gone\n' in printed.err
+
+
+@pytest.mark.parametrize(
+  ('error', 'amid', 'status', 'said'),
+  [
+    (OSError(errno.EIO, 'I/O error', 'x'), True, 1, 'x: I/O error; the same'),
+    (TimeoutError(), True, 1, 'TimeoutError; the same command goes on'),
+    (OSError(errno.ESTALE, 'Stale handle'), True, 1, 'Stale handle; the same'),
+    (OSError(errno.ENOSPC, 'Disk is full'), True, 2, 'Disk is full\n'),
+    (PermissionError(errno.EACCES, 'Denied', 'y'), True, 2, 'y: Denied\n'),
+    (OSError(errno.EIO, 'I/O error'), False, 2, 'I/O error\n'),
+  ],
+)
+def test_faults_that_a_restart_may_mend(
+  config, tmp_path, capsys, monkeypatch, error, amid, status, said
+):
+  def broken(*args, ready, **kwargs):
+    if amid:
+      ready()
+    raise error
+
+  monkeypatch.setattr(experiment, 'run', broken)
+  args = ['train', '--config', config, '--workdir', str(tmp_path / 'run')]
+  assert cli.main(args) == status
+  printed = capsys.readouterr().err
+  assert f'djpq: {said}' in printed
+  assert printed.count('\n') == 1
 
 
 def test_debug_shows_the_traceback(tmp_path):

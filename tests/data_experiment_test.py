@@ -52,6 +52,9 @@ def test_it_learns_to_tell_dark_from_light(tmp_path, monkeypatch):
     float=dict(epochs=10, optimizer=dict(learning_rate=0.02)),
     finetune=dict(epochs=2),
   )
+  shifted = config_lib.change(config, augment=dict(shift=1))
+  with pytest.raises(ValueError, match='take no shift'):
+    experiment.check(shifted)
   report = experiment.run(config, tmp_path / 'run')
   assert report['float_accuracy'] == 1
   assert report['accuracy'] > 0.9

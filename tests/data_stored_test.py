@@ -1,5 +1,6 @@
 """Batches from disk: functions of (seed, step), whatever the threads."""
 
+import errno
 import json
 import pickle
 import shutil
@@ -275,6 +276,20 @@ def test_an_unreadable_image_is_named(split):
     split.images[:]
 
 
+def test_a_disk_that_fails_damages_nothing(split):
+  """What may pass is no reason to throw the set away."""
+
+  class Source(list):
+    dataset_info = split.images.source.dataset_info
+
+    def __getitem__(self, row):
+      raise OSError(errno.EIO, 'Input/output error')
+
+  split.images.__dict__['source'] = Source()
+  with pytest.raises(OSError, match='Input/output error'):
+    split.images.example(0)
+
+
 def damage(home, tmp_path, name, keep):
   """A copy of the set, of which one file has lost its end; that file."""
   shutil.copytree(home / 'folder', tmp_path / 'folder')
@@ -368,6 +383,9 @@ def test_refuses(home, kwargs, message):
 
 
 def test_refuses_a_shift(split):
+  with pytest.raises(ValueError, match='take no shift; got 1 pixels'):
+    data.check_augment(split, data.Augment(shift=1))
+  data.check_augment(split, data.Augment(flip=True))
   with pytest.raises(ValueError, match=r'folder/train.*no shift; got 2 pixels'):
     batch(split, augment=data.Augment(shift=2))
 

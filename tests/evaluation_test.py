@@ -137,6 +137,23 @@ def test_statistics_of_a_compressed_model_see_its_grids():
   jax.tree.map(np.testing.assert_array_equal, gates(new), gates(net))
 
 
+def test_statistics_over_devices_are_the_means_of_their_shares(normed):
+  if jax.device_count() < 4:
+    pytest.skip('needs four devices')
+  batches = [tiny.split(16, seed=s).images * (1 + s) for s in range(3)]
+  shares = [part for batch in batches for part in np.split(batch, 4)]
+  expected = evaluation.estimate_statistics(normed, shares)
+  mesh = parallel.mesh(jax.devices()[:4])
+  found = evaluation.estimate_statistics(normed, batches, mesh)
+  for name in ('mean', 'var'):
+    moved = getattr(found.bn, name)[...]
+    assert moved.devices() == {jax.local_devices()[0]}
+    np.testing.assert_allclose(
+      moved, getattr(expected.bn, name)[...], rtol=1e-5, atol=1e-6
+    )
+  assert_same_values(evaluation.estimate_statistics(normed, [], mesh), normed)
+
+
 def test_models_without_statistics_stay_as_they_are(normed):
   model = tiny.make(tiny.Mlp)
   new = evaluation.estimate_statistics(model, [tiny.split(8).images])

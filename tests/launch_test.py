@@ -171,6 +171,7 @@ def test_dry_runs_run_nothing(machine, name):
     (['--', '--config', 'digits'], '--workdir is missing after --'),
     (['--', '--workdir=here'], '--config is missing after --'),
     ([], '--config is missing after --'),
+    (['--', *TRAIN, '--overwrite'], '--overwrite begins anew at each start'),
     (['--restart', '--'], 'there is no option --restart'),
     (['--config', 'digits'], 'there is no option --config'),
   ],
@@ -253,6 +254,7 @@ def test_local_dry_run_is_what_runs(machine):
     ([143, 137, 1, 0], 2, 1, 3),
     ([143], 0, 143, 1),
     ([2], 5, 2, 1),
+    ([130], 5, 130, 1),
   ],
 )
 def test_local_restarts(machine, statuses, restarts, status, calls):
@@ -315,9 +317,35 @@ def test_tpu_trains_on_every_worker(machine):
   head = 'compute tpus tpu-vm ssh pod --worker all --command'.split()
   assert argv[:8] == head
   assert argv[9:] == ['--zone', 'here-1a', '--project', 'mine']
-  assert shlex.split(argv[8]) == [
+  before, _, command = argv[8].partition('; ')
+  command, _, after = command.partition(' || ')
+  assert before == 'rm -f djpq-stop'
+  assert shlex.split(command) == [
     *('djpq/bin/djpq', 'train', *TRAIN, '--distributed')
   ]
+  assert after.startswith('{ s=$?; test ! -e djpq-stop || s=130')
+
+
+@pytest.mark.parametrize(
+  ('stopped', 'status', 'last'), [(False, 0, 3), (True, 130, 1)]
+)
+def test_tpu_starts_again_what_nobody_stopped(machine, stopped, status, last):
+  """The VMs' shell runs what is sent: it sees what `stop` left there."""
+  machine.ends('djpq', *[143] * 2)
+  home = machine.folder / 'home'
+  (home / 'djpq/bin').mkdir(parents=True)
+  touch = 'touch djpq-stop; ' if stopped else ''
+  program = home / 'djpq/bin/djpq'
+  program.write_text(f'#!/bin/sh\n{touch}exec {machine.folder}/djpq "$@"\n')
+  program.chmod(0o755)
+  (home / 'djpq-stop').touch()  # of an earlier run
+  gcloud = machine.folder / 'gcloud'
+  gcloud.write_text(f'#!/bin/sh\ncd {home}\nexec bash -c "$9"\n')
+  args = [*NAMED['tpu'], '--restarts', '2', '--', *TRAIN]
+  process = machine.start('tpu', *args)
+  process.communicate(timeout=60)
+  assert process.returncode == status
+  assert len(machine.calls('djpq')) == last
 
 
 def test_tpu_asks_for_a_slice_and_gives_it_back(machine):
@@ -339,7 +367,7 @@ def test_tpu_installs_and_stops(machine):
   line = tpu(machine, 'install', '--package', package)[8]
   subprocess.run(['bash', '-n', '-c', line], check=True)
   assert shlex.split(line)[-2:] == ['jax[tpu]', package]
-  assert tpu(machine, 'stop')[8] == 'pkill -TERM -x djpq'
+  assert tpu(machine, 'stop')[8] == 'touch djpq-stop; pkill -TERM -x djpq'
 
 
 def test_tpu_restarts(machine):

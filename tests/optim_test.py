@@ -226,6 +226,8 @@ def test_short_phases_have_a_schedule_too(steps):
   [
     (dict(name='adamw'), "'adam' or 'sgd', got 'adamw'"),
     (dict(learning_rate=0.0), 'learning_rate must be positive'),
+    (dict(clip_norm=0.0), 'clip_norm must be positive, and large for none'),
+    (dict(clip_norm=float('nan')), 'clip_norm must be positive'),
     (dict(momentum=1.0), 'momentum must be from 0 to below 1'),
     (dict(learning_rate=-1.0), 'learning_rate must be positive'),
     (dict(learning_rate=float('nan')), 'learning_rate must be positive'),

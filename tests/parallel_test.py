@@ -292,9 +292,62 @@ sys.path.insert(0, {tests!r})
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'
 import tiny
 from djpq_jax import cli
+from djpq_jax.experiment import setting
+# The second calibrates as on a machine that rounds otherwise, and by far.
+sample, factor = setting.Run.sample, 1 + 0.1 * int(sys.argv[-1])
+setting.Run.sample = lambda run: factor * sample(run)
 with tiny.registered():
   sys.exit(cli.main(['train', *sys.argv[1:]]))
 """
+
+
+AGREE = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from djpq_jax import parallel
+index = int(sys.argv[2])
+parallel.start(f'localhost:{sys.argv[1]}', 2, index)
+values = [np.float32([-0.0, 1 / 3, np.nan]), np.float32([0.0, 3.0, 4.0])]
+tree = {
+  'x': values[index],
+  'keys': jax.random.key(index),
+  'half': jnp.array([index + 0.5], jnp.bfloat16),
+  'mask': np.array([[index == 0, True]]),
+  'number': 7 + index,
+}
+found = parallel.agreed(tree)
+np.testing.assert_array_equal(found['x'].view('u4'), values[0].view('u4'))
+assert jax.random.key_data(found['keys']).tolist() == [0, 0]
+assert found['half'].dtype == jnp.bfloat16 and found['half'][0] == 0.5
+assert found['mask'].tolist() == [[True, True]] and found['number'] == 7
+assert parallel.agreed([]) == []
+whole = parallel.replicate(np.float32(index), parallel.mesh())
+assert float(whole) == 0
+try:
+  parallel.agreed(np.zeros(2 + index))
+except ValueError as error:
+  print(error)
+"""
+
+
+def test_processes_agree_on_what_the_first_holds():
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  processes = [
+    subprocess.Popen(
+      [sys.executable, '-c', AGREE, str(port), str(index)],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''},
+    )
+    for index in range(2)
+  ]
+  for process in processes:
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, printed
+    assert 'the processes hold arrays of other shapes' in printed
 
 
 class Cluster:

@@ -1,6 +1,7 @@
 """Runs that are stopped, killed or damaged, and go on to the same bits."""
 
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -222,6 +223,27 @@ def test_the_best_state_stays_beside_the_last_ones(tmp_path):
     last, _ = checkpoints.restore(fresh())
   assert [int(best.step), int(last.step)] == [3, 7]
   assert {p.name for p in (tmp_path / 'a').iterdir()} == {'3', '6', '7'}
+
+
+@pytest.mark.parametrize(
+  ('text', 'number'),
+  [('it did not work', errno.EIO), ('No space left', errno.ENOSPC)],
+)
+def test_a_checkpoint_that_cannot_be_written(
+  tmp_path, monkeypatch, text, number
+):
+  """Of whatever kind orbax makes it, it is an error of the disk."""
+
+  def fail(*args, **kwargs):
+    raise ValueError(f'{text}\nSource locations: ...')
+
+  message = f'a checkpoint cannot be written .ValueError: {text}'
+  with train.Checkpoints(tmp_path / 'a') as checkpoints:
+    monkeypatch.setattr(checkpoints._manager, 'save', fail)
+    with pytest.raises(OSError, match=message) as found:
+      checkpoints.save(fresh(), [])
+  assert found.value.errno == number
+  assert found.value.filename == str(tmp_path / 'a')
 
 
 def test_a_checkpoint_that_is_half_written_is_not_picked(tmp_path):

@@ -1,7 +1,9 @@
 """Several budgets from one float model: shared, resumed, and drawn."""
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import tiny
@@ -82,6 +84,24 @@ def test_more_budgets_train_only_what_is_new(
   points = json.loads((folder / 'sweep.json').read_text())['points']
   assert [p['budget'] for p in points] == [0.1, 0.05, 0.02]
   assert '5.000%' in capsys.readouterr().out
+
+
+def test_a_signal_after_the_last_step_of_a_budget_is_not_lost(
+  swept, command, tmp_path, monkeypatch, capsys
+):
+  ran = []
+
+  def run(config, *_, ready, **__):
+    ready()
+    ran.append(config.budget)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return json.loads((swept / 'budget-0.05/report.json').read_text())
+
+  monkeypatch.setattr(experiment, 'run', run)
+  args = ['--workdir', str(tmp_path / 'sweep'), '--budgets', '0.05,0.02']
+  assert cli.main([*command, *args]) == 143
+  assert ran == [0.05]
+  assert 'stopped after 1 of 2 budgets; the same' in capsys.readouterr().err
 
 
 def test_report_of_a_sweep_is_that_of_its_budgets(swept, tmp_path):

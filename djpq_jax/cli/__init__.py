@@ -19,20 +19,24 @@ from djpq_jax.cli import training
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs a command; returns the exit status.
 
-  A user's mistake ends in one sentence on standard error and status 2, a
-  training that cannot go on in one and status 1, one that was asked to stop
-  in one and status 143, so that whoever restarts failed jobs restarts it.
+  A user's mistake and a training that cannot go on end in one sentence on
+  standard error and status 2: no restart mends them.  A fault of a disk or the
+  network amid a run ends in one and status 1, a run that was asked to stop in
+  one and status 143, so that whoever restarts failed jobs restarts it.
   """
   args = _parser().parse_args(argv)
   try:
     args.run(args)
-  except train.TrainingError as error:
-    print(f'djpq: {error}', file=sys.stderr)
-    return 1
   except train.Interrupted as error:
     print(f'djpq: {error}', file=sys.stderr)
     return interruption.EXIT_STATUS
-  except (ValueError, OSError, ImportError) as error:
+  except training.Fault as fault:
+    if args.debug:
+      raise
+    sentence = _sentence(fault.error)
+    print(f'djpq: {sentence}; the same command goes on', file=sys.stderr)
+    return 1
+  except (train.TrainingError, ValueError, OSError, ImportError) as error:
     if args.debug:
       raise
     print(f'djpq: {_sentence(error)}', file=sys.stderr)
@@ -42,9 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _sentence(error: Exception) -> str:
   """What an error says; of the system's own, without their numbers."""
-  if isinstance(error, OSError) and error.strerror and error.filename:
-    return f'{error.filename}: {error.strerror}'
-  return str(error)
+  if isinstance(error, OSError) and error.strerror:
+    where = [str(error.filename)] if error.filename else []
+    return ': '.join([*where, error.strerror])
+  return str(error) or type(error).__name__
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,6 +14,7 @@ from djpq_jax import experiment
 from djpq_jax import files
 from djpq_jax import parallel
 from djpq_jax import report as report_lib
+from djpq_jax import train
 from djpq_jax import workdir
 from djpq_jax.cli import options
 from djpq_jax.cli import training
@@ -79,20 +80,34 @@ def _run(args) -> None:
   if parallel.is_first():
     home.claim(overwrite=args.overwrite)
   parallel.wait('claimed the sweep')
-  points = []
-  for number, budget in enumerate(args.budgets, 1):
+  with training.stopping() as stop:
+    points = _points(args.budgets, base, home, console, stop)
+  if parallel.is_first():
+    _finish(points, home.path, console)
+
+
+def _points(budgets, base, home, console, stop) -> list[dict[str, Any]]:
+  """Runs all budgets, or what is left of them."""
+  points: list[dict[str, Any]] = []
+  for number, budget in enumerate(budgets, 1):
+    if stop():  # it came when the budget before had no step left to stop at
+      raise train.Interrupted(
+        f'stopped after {len(points)} of {len(budgets)} budgets; the same '
+        'command goes on from there'
+      )
     folder = home.path / f'budget-{budget:g}'
-    console.rule(f'budget {budget:.3%}, {number} of {len(args.budgets)}')
+    console.rule(f'budget {budget:.3%}, {number} of {len(budgets)}')
     config = config_lib.change(base, budget=budget)
     work = workdir.Workdir(folder, config)
     work.check()
-    report, _ = training.carry_out(config, work, console, float_dir=home.path)
+    report, _ = training.carry_out(
+      config, work, console, stop, float_dir=home.path
+    )
     points.append(_point(report, folder.name))
     # No other budget has the same programs, and a process that kept those of
     # nineteen runs was seen to end for want of memory to compile in.
     jax.clear_caches()
-  if parallel.is_first():
-    _finish(points, home.path, console)
+  return points
 
 
 def _point(report: dict[str, Any], folder: str) -> dict[str, Any]:

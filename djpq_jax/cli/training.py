@@ -1,5 +1,6 @@
 """`djpq train`: one experiment in its workdir."""
 
+from collections.abc import Callable, Iterator
 import contextlib
 import pathlib
 from typing import Any
@@ -42,7 +43,10 @@ def _run(args) -> None:
   if args.dry_run:
     _print_preview(experiment.preview(config), console)
     return
-  report, there = carry_out(config, work, console, overwrite=args.overwrite)
+  with stopping() as stop:
+    report, there = carry_out(
+      config, work, console, stop, overwrite=args.overwrite
+    )
   if there:
     console.print(f'{work.path} holds this experiment, finished:')
   report_lib.print_report(report, console)
@@ -50,10 +54,29 @@ def _run(args) -> None:
     _print_paths(work.path, console)
 
 
+class Fault(Exception):
+  """A disk or the network failed amid a run, which may go on from there."""
+
+  def __init__(self, error: OSError):
+    super().__init__(str(error))
+    self.error = error
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[Callable[[], bool]]:
+  """While it is open, a signal only asks to stop; gives the question for it."""
+  if jax.process_count() > 1:  # JAX itself waits for the signals of all
+    yield parallel.Preemption().seen
+    return
+  with interruption.Signals() as signals:
+    yield signals.seen
+
+
 def carry_out(
   config,
   work: workdir.Workdir,
   console: rich.console.Console,
+  stop: Callable[[], bool],
   *,
   overwrite: bool = False,
   float_dir: pathlib.Path | None = None,
@@ -64,11 +87,15 @@ def carry_out(
     config: complete.
     work: its folder, checked.
     console: quiet in all processes but the first.
+    stop: asked after every step whether to save and stop, see `stopping`.
     overwrite: whether to discard what the folder holds.
     float_dir: where experiments share the float model's training.
 
   Returns:
     The report, and whether it was there already.
+
+  Raises:
+    Fault: once the folder was claimed.
   """
   report = None if overwrite else work.report()
   if report is not None:
@@ -76,29 +103,33 @@ def carry_out(
   if work.claimed and not overwrite:
     console.print(f'going on with {work.path}')
 
+  claimed = False
+
   def claim():
+    nonlocal claimed
     parallel.wait('checked')
     if parallel.is_first():
       work.claim(overwrite=overwrite)
     parallel.wait('claimed')
+    claimed = True
 
-  with contextlib.ExitStack() as stack:
-    if jax.process_count() > 1:  # JAX itself waits for the signals of all
-      stop = parallel.Preemption().seen
-    else:
-      stop = stack.enter_context(interruption.Signals()).seen
-    shown = stack.enter_context(bars.Bars(console))
-    report = experiment.run(
-      config,
-      work.path,
-      shown.show,
-      ready=claim,
-      stop=stop,
-      float_dir=float_dir,
-    )
-  if parallel.is_first():
-    _write(report, work.path)
-    report = report_lib.read(work.path)  # numbers as they were written
+  try:
+    with bars.Bars(console) as shown:
+      report = experiment.run(
+        config,
+        work.path,
+        shown.show,
+        ready=claim,
+        stop=stop,
+        float_dir=float_dir,
+      )
+    if parallel.is_first():
+      _write(report, work.path)
+      report = report_lib.read(work.path)  # numbers as they were written
+  except OSError as error:
+    if claimed and files.may_pass(error):
+      raise Fault(error) from error
+    raise
   return report, False
 
 

@@ -174,6 +174,15 @@ def _in_memory(split):
   return isinstance(split.images, np.ndarray)
 
 
+def check_augment(split: Split, augment: Augment) -> None:
+  """Raises a ValueError if a split does not take an augmentation."""
+  if augment.shift and not _in_memory(split):
+    raise ValueError(
+      f'{split.name}: images on disk are cropped at random, and take no shift; '
+      f'got {augment.shift} pixels'
+    )
+
+
 def _images(split, indices, augment=None, bits=None, as_bytes=False):
   """Images of some indices, augmented by bits uint64 [., B].
 
@@ -186,11 +195,8 @@ def _images(split, indices, augment=None, bits=None, as_bytes=False):
     if as_bytes and images.dtype == np.uint8:
       return images
     return normalize(images, split)
-  if augment is not None and augment.shift:
-    raise ValueError(
-      f'{split.name}: images on disk are cropped at random, and take no shift; '
-      f'got {augment.shift} pixels'
-    )
+  if augment is not None:
+    check_augment(split, augment)
   crops = mirror = None
   if augment is not None:
     crops = bits[:-1].T

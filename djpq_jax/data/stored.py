@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from djpq_jax import files
 from djpq_jax import machine
 from djpq_jax.data import decode
 from djpq_jax.data import folders
@@ -128,6 +129,7 @@ class StoredImages:
 
     Raises:
       ValueError: it cannot be read; the message names the file.
+      OSError: the disk or the network failed, which may pass.
     """
     source = self.source
     try:
@@ -136,6 +138,8 @@ class StoredImages:
       split = source.dataset_info.splits[self.split]
       ends = np.cumsum(split.shard_lengths)
       path = split.filepaths[np.searchsorted(ends, row, side='right')]
+      if isinstance(error, OSError) and files.may_pass(error):
+        raise
       raise folders.unreadable(path, self.folder, error) from error
 
 

@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 from djpq_jax import allocate
+from djpq_jax import data
 from djpq_jax import evaluation
 from djpq_jax import files
 from djpq_jax import harden
@@ -164,7 +165,7 @@ def _check(run: setting.Run, model):
   """Finds out before the first training whether rules and budget can work."""
   config = run.config
   run.steps(0)  # checks the batch size
-  run.batches(0)  # checks the augmentation
+  data.check_augment(run.train_split, data.Augment(**config.augment))
   net, choices = phases.compressed(run, model), config.bit_choices or None
   setting.check_classes(run, model)  # which runs it, as the trace has done
   if run.searches:

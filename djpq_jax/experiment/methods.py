@@ -21,10 +21,10 @@ def djpq(run: setting.Run, model) -> compress.Compressed:
   net = phases.search(
     run, net, model, budgets=run.budgets, epochs=config.search.epochs
   )
-  plan = allocate.plan(net, run.budgets, config.bit_choices or None)
+  plan = phases.planned(run, net, run.budgets)
   if config.finetune.rewind:
     net = _rewound(net, phases.compressed(run, model))
-  return compress.freeze(net, plan, run.sample())
+  return phases.frozen(run, net, plan)
 
 
 def _with_bits(run: setting.Run, model, rules=()) -> compress.Compressed:
@@ -61,10 +61,10 @@ def two_stage(run: setting.Run, model) -> compress.Compressed:
   macs = config.two_stage_macs
   net = phases.compressed(run, model, [UNQUANTIZED])
   net = phases.search(run, net, model, budgets={'bops': macs}, epochs=epochs)
-  first = allocate.plan(net, macs)
+  first = phases.planned(run, net, macs)
   structure = net.structure
   left = allocate.relative_bops(structure, first)
-  pruned = compress.fold_gates(compress.freeze(net, first, run.sample()))
+  pruned = compress.fold_gates(phases.frozen(run, net, first))
   net = _with_bits(run, pruned, [UNPRUNED])
   least = left * allocate.reachable(net, config.bit_choices or None)
   if config.budget < least:
@@ -76,11 +76,11 @@ def two_stage(run: setting.Run, model) -> compress.Compressed:
     )
   budget = config.budget / left
   net = phases.search(run, net, model, budgets={'bops': budget}, epochs=epochs)
-  second = allocate.plan(net, budget, config.bit_choices or None)
+  second = phases.planned(run, net, budget)
   if config.finetune.rewind:
     cut = graph_lib.slice_channels(model, structure.graph, first.open)
     net = _rewound(net, phases.compressed(run, cut, [UNPRUNED]))
-  net = compress.freeze(net, second, run.sample())
+  net = phases.frozen(run, net, second)
   # Seen from the dense model, both stages are one plan; no gates are left.
   net.structure = dataclasses.replace(
     structure,
@@ -105,14 +105,14 @@ def uniform(run: setting.Run, model) -> compress.Compressed:
   """The control: the same bits everywhere, learned clips, nothing pruned."""
   net = phases.compressed(run, model, [UNPRUNED])
   plan = allocate.uniform(net, *run.config.uniform_bits)
-  return compress.freeze(net, plan, run.sample())
+  return phases.frozen(run, net, plan)
 
 
 def unchanged(run: setting.Run, model) -> compress.Compressed:
   """The control: the float model itself, trained on for as many epochs."""
   net = phases.compressed(run, model, [UNPRUNED, UNQUANTIZED])
   plan = compress.Plan(open={}, weight_bits={}, act_bits={})
-  return compress.freeze(net, plan, run.sample())
+  return phases.frozen(run, net, plan)
 
 
 METHODS = {

@@ -4,13 +4,18 @@ Each phase saves its state as it goes, in a folder of its own.  A run that goes
 on takes the same way again, and finds each phase where it was left: models are
 compressed and frozen anew from the states of the phases before, which gives
 the same bits, and only what is missing is trained.
+
+Every process of a run does what is between the steps for itself.  Where that
+ends in something static of the next program, all take it from process 0.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import dataclasses
 from typing import Any, TypeAlias
 
 from flax import nnx
 import jax
+import numpy as np
 
 from djpq_jax import allocate
 from djpq_jax import budget as budget_lib
@@ -18,6 +23,7 @@ from djpq_jax import compress
 from djpq_jax import evaluation
 from djpq_jax import losses
 from djpq_jax import optim
+from djpq_jax import parallel
 from djpq_jax import train
 from djpq_jax.experiment import running
 from djpq_jax.experiment import setting
@@ -68,7 +74,43 @@ def float_state(run: setting.Run, model, *, steps: int) -> train.TrainState:
 def compressed(run: setting.Run, model, rules=()) -> compress.Compressed:
   """Attaches gates and quantizers as the config's rules, then `rules`, say."""
   given = setting.rules_of(run.config)
-  return compress.compress(model, [*given, *rules], run.sample())
+  net = compress.compress(model, [*given, *rules], run.sample())
+  _agree_on_sides(net)
+  return net
+
+
+def planned(
+  run: setting.Run, model: compress.Compressed, budgets: allocate.Budget | None
+) -> compress.Plan:
+  """Rounds a searched model to its budgets."""
+  plan = allocate.plan(model, budgets, run.config.bit_choices or None)
+  fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
+  same = parallel.agreed(fields)
+  for kind in ('weight_bits', 'act_bits'):
+    same[kind] = {path: int(bits) for path, bits in same[kind].items()}
+  return compress.Plan(**same)
+
+
+def frozen(
+  run: setting.Run, model: compress.Compressed, plan: compress.Plan
+) -> compress.Compressed:
+  """Carries a plan out."""
+  net = compress.freeze(model, plan, run.sample())
+  _agree_on_sides(net)
+  return net
+
+
+def _agree_on_sides(model: compress.Compressed) -> None:
+  """Gives inputs' grids the levels below zero of process 0, in place."""
+  acts = [o.act for _, _, o in compress.hooks(model) if o.act is not None]
+  sides = [
+    (act.signed, np.nan if act.below is None else act.below, act.bounds)
+    for act in acts
+  ]
+  for act, (signed, below, bounds) in zip(acts, parallel.agreed(sides)):
+    act.signed = bool(signed)
+    act.below = None if np.isnan(below) else float(below)
+    act.bounds = tuple(map(float, bounds))
 
 
 def search(
@@ -115,7 +157,7 @@ def search_state(
   if budgets:
     controller = budget_lib.Controller(
       budget=next(iter(budgets.values())),
-      start=float(jax.jit(_tightest(model, budgets))()),
+      start=float(parallel.agreed(jax.jit(_tightest(model, budgets))())),
       steps=max(1, steps),
       ramp=phase.ramp,
     )
@@ -157,11 +199,20 @@ def finetune(run: setting.Run, model: compress.Compressed, teacher):
   state = finetune_state(run, model, teacher, steps=steps)
   model = running.run_phase(run, 'finetune', state, steps)
   train.check_alive(model, run.sample())
-  batch_at = run.batches(run.config.seed * 10 + 9)
-  count = run.config.statistics_batches
+  mesh = run.mesh()
   return evaluation.estimate_statistics(
-    model, (batch_at(i)['image'] for i in range(count))
+    model, _parts_of_batches(run), mesh if mesh.size > 1 else None
   )
+
+
+def _parts_of_batches(run: setting.Run) -> Iterator[np.ndarray]:
+  """Images for the statistics, as many at a time as a step has in memory."""
+  batch_at = run.batches(run.config.seed * 10 + 9)
+  parts = run.config.step.accumulate
+  for step in range(run.config.statistics_batches):
+    images = batch_at(step)['image']
+    for part in range(parts):
+      yield images[part::parts]
 
 
 def finetune_state(

@@ -103,7 +103,7 @@ def _of_other_bits(run: setting.Run, net: compress.Compressed) -> int:
 def _step_bytes(run: setting.Run, state: train.TrainState) -> int:
   """Memory of one step on one device, as it is compiled for it."""
   to_devices, step_fn, place = running.spread(run)
-  batch = run.batches(0, for_step=True)(0)
+  batch = run.batches(0, as_bytes=True)(0)
   state, batch = to_devices(state), place(batch) if place else batch
   found = step_fn.lower(state, batch).compile().memory_analysis()
   return int(

@@ -52,7 +52,7 @@ def run_phase(run: setting.Run, name: str, state: train.TrainState, steps: int):
     clock.start(int(state.step))
     return train.fit(
       state,
-      run.batches(seed, for_step=True),
+      run.batches(seed, as_bytes=True),
       steps,
       log_every=max(1, min(50, steps // 20)),
       on_log=on_log,
@@ -110,7 +110,10 @@ def accuracy_of(run: setting.Run) -> Callable[[train.TrainState], float]:
       process_count=jax.process_count(),
     )
     placed = data.prefetch(place(batch) for batch in batches)
-    counts = [train.eval_step(state, batch) for batch in placed]
+    counts = []
+    for number, batch in enumerate(placed):
+      counts.append(train.eval_step(state, batch))
+      parallel.pace(number, counts[-1])
     right, images = np.sum(jax.device_get(counts), axis=0)
     return float(right / images)
 

@@ -65,23 +65,16 @@ class Run:
   best_steps: dict[str, int] = dataclasses.field(default_factory=dict)
 
   def batches(
-    self, seed: int, *, for_step: bool = False
+    self, seed: int, *, as_bytes: bool = False
   ) -> Callable[[int], dict[str, np.ndarray]]:
-    """The batch of each step number of a phase.
+    """This process's share of the batch of each step number of a phase.
 
     Args:
       seed: of order and augmentation.
-      for_step: whether to give what a step of this process takes, its share
-        of the images, as bytes if they are; otherwise all, normalized.
+      as_bytes: whether images that are bytes stay so, as a step takes them;
+        otherwise they are normalized.
     """
     augment = data.Augment(**self.config.augment)
-    form: dict[str, Any] = {}
-    if for_step:
-      form = {
-        'process_index': jax.process_index(),
-        'process_count': jax.process_count(),
-        'as_bytes': True,
-      }
 
     def batch_at(step):
       return data.train_batch(
@@ -90,7 +83,9 @@ class Run:
         batch_size=self.config.batch_size,
         seed=seed,
         augment=augment,
-        **form,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        as_bytes=as_bytes,
       )
 
     return batch_at

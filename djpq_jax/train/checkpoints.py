@@ -17,6 +17,7 @@ import asyncio
 from collections.abc import Iterator
 import contextlib
 import dataclasses
+import errno
 from typing import Any
 
 import jax
@@ -67,7 +68,8 @@ class Checkpoints:
     return self
 
   def __exit__(self, *_):
-    self._manager.close()
+    with _written(self.folder):
+      self._manager.close()
 
   def latest(self) -> int | None:
     """Steps of the last whole checkpoint; None if there is none."""
@@ -85,6 +87,9 @@ class Checkpoints:
       state: what to save.
       history: JSON-ready rows that belong to it.
       accuracy: what `restore(best=True)` compares, if it was measured.
+
+    Raises:
+      OSError: this one, or the one before, could not be written.
     """
     step = int(state.step)
     if step == self.latest():
@@ -96,7 +101,8 @@ class Checkpoints:
     metrics = None
     if self._keep_best:  # what was not measured is worse than all that was
       metrics = {'accuracy': -1.0 if accuracy is None else accuracy}
-    self._manager.save(step, args=args, metrics=metrics, force=True)
+    with _written(self.folder):
+      self._manager.save(step, args=args, metrics=metrics, force=True)
 
   def restore(
     self, state: state_lib.TrainState, *, best: bool = False
@@ -114,7 +120,8 @@ class Checkpoints:
     Raises:
       CheckpointError: the checkpoint is damaged, or of another model.
     """
-    self._manager.wait_until_finished()
+    with _written(self.folder):
+      self._manager.wait_until_finished()
     step = self._manager.best_step() if best else self.latest()
     if step is None:
       return state, []
@@ -129,12 +136,10 @@ class Checkpoints:
       with _reads_end():
         found = self._manager.restore(step, args=args)
     except Exception as error:  # of many kinds, for what may be on a disk
-      text = str(error).strip().partition('\n')[0]
-      text = text.partition('See full TensorStore')[0].strip()
       raise CheckpointError(
         f'the checkpoint {self.folder}/{step} cannot be read; if it is '
         f'damaged, {self._without(step)} '
-        f'({type(error).__name__}: {text:.200})'
+        f'({_said(error)})'
       ) from error
     tree = found['state']
     if int(tree.pop('checksum')) != int(_checksum(tree)):
@@ -187,6 +192,28 @@ def _is_committed(found: ocp.path.step.Metadata) -> bool:
   # Asked for first, since orbax warns about every file that it does not find.
   there = (found.path / '_CHECKPOINT_METADATA').exists()
   return there and found.commit_timestamp_nsecs is not None
+
+
+@contextlib.contextmanager
+def _written(folder):
+  """Where orbax writes: what goes wrong, of many kinds, is an OSError."""
+  try:
+    yield
+  except OSError:
+    raise
+  except Exception as error:
+    text = _said(error)
+    full = errno.ENOSPC if 'No space left' in text else errno.EIO
+    raise OSError(
+      full, f'a checkpoint cannot be written ({text})', str(folder)
+    ) from error
+
+
+def _said(error: Exception) -> str:
+  """What an error of orbax says, without what only its authors understand."""
+  text = str(error).strip().partition('\n')[0]
+  text = text.partition('See full TensorStore')[0].strip()
+  return f'{type(error).__name__}: {text:.200}'
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """Says where a training broke: the batch, the variable or the layer."""
 
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,18 +27,33 @@ def where(state: state_lib.TrainState, batch_at, steps: range) -> str:
         f'{head}the batch of step {step} has pixels that are not finite; '
         'check the data'
       )
-  place = _bad_leaf(state.params) or _bad_input(state, batch)
-  if place is None:
-    grads = jax.grad(step_lib.total_loss, has_aux=True)(
-      state.params, state, batch, state.key
-    )[0]
-    place = _bad_leaf(grads)
+  place = _bad_leaf(state.params)
+  for part in _parts(batch, state.program.accumulate):
+    place = place or _bad_input(state, part) or _bad_gradient(state, part)
   if place is None:
     place = 'the loss (it recovered on this batch)'
   return (
     f'{head}{int(state.bad_steps)} step(s) were not finite, first seen in '
     f'{place}; lower the learning rate, or check the data'
   )
+
+
+def _parts(
+  batch: state_lib.Batch, accumulate: int
+) -> Iterator[state_lib.Batch]:
+  """Parts of a batch as large as what one device has in memory in a step."""
+  count = accumulate * jax.local_device_count()
+  for part in range(min(count, len(batch['label']))):
+    yield {name: x[part::count] for name, x in batch.items()}
+
+
+def _bad_gradient(
+  state: state_lib.TrainState, batch: state_lib.Batch
+) -> str | None:
+  grads, _ = jax.grad(step_lib.total_loss, has_aux=True)(
+    state.params, state, batch, state.key
+  )
+  return _bad_leaf(grads)
 
 
 def _bad_leaf(params) -> str | None:

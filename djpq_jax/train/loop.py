@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 
 from djpq_jax import data
+from djpq_jax import parallel
 from djpq_jax.train import diagnosis
 from djpq_jax.train import state as state_lib
 from djpq_jax.train import step as step_lib
@@ -60,6 +61,7 @@ def fit(
   for step, batch in zip(numbers, batches):
     state, metrics = step_fn(state, batch)
     done = step + 1
+    parallel.pace(step, metrics)
     stopping = stop is not None and stop() and done < steps
     looking = evaluate_every and (_due(done, evaluate_every) or done == steps)
     saving = save is not None and (
