@@ -56,6 +56,7 @@ RULES = {
   'exponents': {'exponent': True},
   'narrow range': {'narrow_range': True},
   'signed inputs': {'asymmetric': False},
+  'with a zero': {'mid_rise': False},
   'bits only': {'prune': False},
   'channels only': {'weight_bits': (8, 8), 'act_bits': (8, 8)},
   'align 4': {'align': 4},
@@ -89,7 +90,7 @@ def contestants(base, budgets, shares=()):
   # Trained on for as long, to tell what longer training alone brings.
   rows: dict[str, dict[str, Any]] = {'float': {'method': 'float'}, **CONTROLS}
   for name, control in CONTROLS.items():
-    for variant in ('per channel', 'signed inputs'):
+    for variant in ('per channel', 'signed inputs', 'with a zero'):
       rows[f'{name} {variant}'] = control | ruled(RULES[variant])
   methods = {
     'DJPQ': {},

@@ -62,6 +62,7 @@ def default() -> ml_collections.ConfigDict:
       'rules': (),  # dicts with the fields of compress.Rule; loaded as pairs
       'narrow_range': False,  # True: symmetric grids; rules override it
       'asymmetric': True,  # of inputs that are mostly positive; likewise
+      'mid_rise': True,  # of kernels of two bits; likewise
       'budget': 0.0,  # BOPs relative to dense float32; 0: none
       'budget_macs': 0.0,  # likewise MACs; no budget at all: coefficient mode
       'budget_weights': 0.0,  # likewise the bits of all kernels

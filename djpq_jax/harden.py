@@ -26,10 +26,17 @@ class Constant(nnx.Variable):
 
 
 class Dequantizer(nnx.Module):
-  """Turns an integer kernel back into multiples of its step."""
+  """Turns an integer kernel back into multiples of its step.
 
-  def __init__(self, step):
+  Args:
+    step: what one is worth, a scalar or one for each output channel.
+    odd: whether all integers are odd, those of a mid-rise grid: its levels are
+      two of these steps apart.
+  """
+
+  def __init__(self, step, *, odd: bool = False):
     self.step = Constant(step)
+    self.odd = odd
 
   def __call__(self, kernel):
     """Int [..., out] -> float32 of the same shape."""
@@ -112,13 +119,19 @@ def bits_between(lowest: int, highest: int) -> int:
   return max(1, (highest - lowest).bit_length())
 
 
-def kernel_bits(integers) -> int:
+def kernel_bits(integers, *, odd: bool = False) -> int:
   """Whole bits of two's complement that a kernel's integers take; at least 2.
 
-  >>> kernel_bits([-2, 1]), kernel_bits([-1, 2])
-  (2, 3)
+  Args:
+    integers: of any shape.
+    odd: whether all are; bits are then those of what they are twice of, and 1.
+
+  >>> kernel_bits([-2, 1]), kernel_bits([-1, 2]), kernel_bits([-3, 3], odd=True)
+  (2, 3, 2)
   """
   integers = np.asarray(integers, np.int64)
+  if odd:
+    integers = integers >> 1
   largest = int(max(integers.max(), -1 - integers.min()))
   return max(2, bits_between(-1 - largest, largest))
 
@@ -167,7 +180,7 @@ def _settle(hook: compress.Hook):
   width = int(jnp.max(jnp.abs(integers)))
   dtype = jnp.int8 if width < 2**7 else jnp.int16
   hook.layer.kernel = layers.IntegerParam(integers.astype(dtype))
-  hook.operands.weight = nnx.data(Dequantizer(weight.grid()[0]))
+  hook.operands.weight = nnx.data(Dequantizer(weight.unit, odd=weight.mid_rise))
   lowest, highest = map(int, act.integers(jnp.array([-jnp.inf, jnp.inf])))
   hook.operands.act = nnx.data(FixedQuantizer(act.grid()[0], lowest, highest))
 
@@ -243,7 +256,8 @@ def count(model: HardenedModel, *args) -> list[LayerReport]:
     layer, operands = found[name]
     weight_bits = act_bits = compress.FLOAT_BITS
     if isinstance(operands.weight, Dequantizer):
-      weight_bits = kernel_bits(layer.kernel[...])
+      odd = operands.weight.odd
+      weight_bits = kernel_bits(layer.kernel[...], odd=odd)
       act_bits = operands.act.bits()
     rows.append(
       LayerReport(

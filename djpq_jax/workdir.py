@@ -15,7 +15,12 @@ from djpq_jax.report import record
 
 CONFIG = 'config.json'
 # What versions did that had no field for it, where the default is another.
-BEFORE = {'search': {'bits': 8.0}, 'narrow_range': True, 'asymmetric': False}
+BEFORE = {
+  'search': {'bits': 8.0},
+  'narrow_range': True,
+  'asymmetric': False,
+  'mid_rise': False,
+}
 
 
 class Workdir:

@@ -941,7 +941,7 @@ def test_a_rule_keeps_grids_narrow():
     for path, operands in operands_of(frozen).items()
   }
   assert lowest.pop('conv1') == -1
-  assert set(lowest.values()) == {-2}
+  assert set(lowest.values()) == {-3}  # of -3, -1, 1, 3 half steps
   inputs = {
     path: int(operands.act.integers(jnp.float32(-1e6)))
     for path, operands in operands_of(frozen).items()
@@ -949,7 +949,54 @@ def test_a_rule_keeps_grids_narrow():
   assert inputs == {'conv1': -1, 'conv2': 0, 'head': -2}
 
 
+@standard_promotion
+@pytest.mark.parametrize(
+  ('settings', 'bits', 'levels'),
+  [
+    (dict(), 2, [-3, -1, 1, 3]),
+    (dict(per_channel=True), 2, [-3, -1, 1, 3]),
+    (dict(), 3, range(-4, 4)),
+    (dict(mid_rise=False), 2, [-2, -1, 0, 1]),
+    (dict(narrow_range=True), 2, [-1, 0, 1]),
+    (dict(exponent=True), 2, [-1, 0, 1]),
+  ],
+)
+def test_kernels_of_two_bits_have_no_level_at_zero(settings, bits, levels):
+  chain = built('chain')
+  net = chain.compress(compress.Rule(pattern='*', **settings))
+  frozen = compress.freeze(net, plan_for(net, {}, bits), chain.x)
+  hardened = harden.harden(frozen)
+  kernel = np.asarray(hardened.model.conv2.kernel[...])
+  assert set(np.unique(kernel)) <= set(levels)
+  assert len(np.unique(kernel)) > 2
+  odd = levels == [-3, -1, 1, 3]
+  for path, operands in operands_of(hardened).items():
+    assert operands.weight.odd is odd, path
+  np.testing.assert_array_equal(hardened(chain.x), frozen(chain.x))
+  rows = harden.count(hardened, chain.x)
+  assert {row.weight_bits for row in rows} == {bits}
+
+
+@standard_promotion
+def test_a_kernel_that_is_masked_keeps_its_zeros():
+  chain = built('chain')
+  mask = np.ones(chain.model.conv2.kernel.shape, np.float32)
+  mask[0] = 0
+  kernel = chain.model.conv2.kernel
+  model = nnx.clone(chain.model)
+  model.conv2.kernel = kernel.replace(kernel[...] * mask)
+  net = compress.compress(model, (), chain.x)
+  frozen = compress.freeze(net, plan_for(net, {}, 2), chain.x)
+  found = harden.harden(frozen).model
+  np.testing.assert_array_equal(found.conv2.kernel[0], 0)
+  assert np.all(np.asarray(found.conv1.kernel[...]) % 2)
+
+
 def squared_error(quantizer, clip, x):
+  if quantizer.mid_rise:
+    step = clip / quantizer.levels(quantizer.fixed_bits)[0]
+    level = np.floor(np.abs(np.clip(x, -clip, clip)) / step * (1 - 1e-9)) + 0.5
+    return np.square(step * np.copysign(level, x) - x).sum()
   top = 2.0 ** (quantizer.fixed_bits - quantizer.signed) - 1
   step = clip / top
   low = 0

@@ -67,7 +67,12 @@ def test_kernels_are_integers_that_fit_their_bits(built):
     assert isinstance(layer.kernel, layers.IntegerParam)
     kernel = np.asarray(layer.kernel[...])
     assert kernel.dtype == np.int8
-    half = 2 ** (built.plan.weight_bits[path] - 1)
+    bits = built.plan.weight_bits[path]
+    assert operands.weight.odd is (bits == 2)
+    if operands.weight.odd:
+      assert np.all(kernel % 2)
+      kernel = kernel >> 1
+    half = 2 ** (bits - 1)
     assert -half <= kernel.min() <= kernel.max() < half
     assert operands.act.bits() <= built.plan.act_bits[path]
   # Nothing that an optimizer would train is left of grids and gates.

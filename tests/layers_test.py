@@ -306,6 +306,20 @@ def test_a_grid_that_is_not_narrow_has_all_levels(bits, fixed):
   assert float(q.bits()) == pytest.approx(bits)
 
 
+@pytest.mark.parametrize('bits', [2, 3])
+def test_a_grid_with_no_level_at_zero(bits):
+  q = _quantizer(1.5, bits, fixed=True, narrow_range=False, mid_rise=True)
+  x = jnp.linspace(-9, 9, 1000)
+  levels = np.arange(1 - 2**bits, 2**bits, 2)
+  np.testing.assert_array_equal(np.unique(q.integers(x)), levels)
+  expected = float(q.unit) * np.asarray(q.integers(x))
+  np.testing.assert_allclose(q(x), expected, rtol=1e-6)
+  assert float(q(x).max()) == pytest.approx(1.5)
+  assert q.levels(bits) == ((2**bits - 1) / 2,) * 2
+  assert q.symmetric
+  assert float(q.bits()) == bits
+
+
 @pytest.mark.parametrize('fixed', [False, True])
 def test_all_levels_learn_as_the_stop_gradient_oracle(fixed):
   x, weights = 2 * _normal(300), _normal(300, seed=1)

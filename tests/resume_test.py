@@ -108,7 +108,12 @@ def test_a_workdir_of_an_older_version_goes_on(config, tmp_path):
 
 @pytest.mark.parametrize(
   ('field', 'was'),
-  [('search.bits', 8.0), ('narrow_range', True), ('asymmetric', False)],
+  [
+    ('search.bits', 8.0),
+    ('narrow_range', True),
+    ('asymmetric', False),
+    ('mid_rise', False),
+  ],
 )
 def test_a_workdir_from_before_there_was_a_field(field, was, config, tmp_path):
   """Where the default is another now, it has to be said."""
@@ -133,7 +138,11 @@ def test_a_workdir_from_before_there_was_a_field(field, was, config, tmp_path):
 
 
 def test_what_a_config_says_of_all_grids_is_a_rule(config):
-  for field, value in (('narrow_range', True), ('asymmetric', False)):
+  for field, value in (
+    ('narrow_range', True),
+    ('asymmetric', False),
+    ('mid_rise', False),
+  ):
     said = config_lib.change(config, **{field: value})
     assert getattr(setting.rules_of(said)[0], field) is value
     assert all(getattr(r, field) is None for r in setting.rules_of(config))

@@ -17,6 +17,8 @@ from djpq_jax.checkpoint import packing
 from djpq_jax.checkpoint import program as program_lib
 
 PACKED = 'packed'  # the array of all integers
+INTEGERS = f'{PACKED} int'  # what the index calls those of so many bits
+ODD = f'{PACKED} odd'  # and those of which each is twice an integer, and 1
 LEVELS = 2**24  # above zero or below it; float32 has no more whole numbers
 
 
@@ -36,6 +38,7 @@ def packed(
   parts: dict[str, list[np.ndarray]] = {}
   entries: dict[str, str] = {}
   stored = program_lib.names(model)
+  odd = _odd_kernels(model)
   values = []
   for key, variable in nnx.to_flat_state(nnx.state(model)):
     name = '/'.join(map(str, key))
@@ -48,12 +51,26 @@ def packed(
   # Of one width side by side: they share the codes of their bytes.
   for width, name, value in sorted(values, key=lambda v: v[:2]):
     if width:
-      entries[name] = manifest_lib.spec(f'{PACKED} int{width}', value.shape)
-      parts.setdefault(PACKED, []).append(packing.pack(value, width))
+      if name in odd and not np.all(value & 1):
+        raise ValueError(f'{name} has integers that are not odd')
+      kind = ODD if name in odd else INTEGERS
+      entries[name] = manifest_lib.spec(f'{kind}{width}', value.shape)
+      half = value >> (name in odd)
+      parts.setdefault(PACKED, []).append(packing.pack(half, width))
     else:
       entries[name] = manifest_lib.spec(str(value.dtype), value.shape)
       parts.setdefault(str(value.dtype), []).append(value.ravel())
   return entries, {n: np.concatenate(found) for n, found in parts.items()}
+
+
+def _odd_kernels(model: harden.HardenedModel) -> set[str]:
+  """Names of the kernels whose integers are all odd."""
+  return {
+    f'model/{hook.path}/kernel'
+    for hook in compress.hooks(model)
+    if isinstance(hook.operands.weight, harden.Dequantizer)
+    if hook.operands.weight.odd
+  }
 
 
 def unpacked(specs, arrays) -> dict[str, np.ndarray]:
@@ -63,14 +80,16 @@ def unpacked(specs, arrays) -> dict[str, np.ndarray]:
   for name, text in specs.items():
     dtype, shape = manifest_lib.read_spec(text)
     size = int(np.prod(shape))
-    integers = dtype.startswith(PACKED)
-    bits = int(dtype.removeprefix(f'{PACKED} int')) if integers else 0
+    integers, odd = dtype.startswith(PACKED), dtype.startswith(ODD)
+    prefix = ODD if odd else INTEGERS
+    bits = int(dtype.removeprefix(prefix)) if integers else 0
     kind = PACKED if integers else dtype
     size = packing.packed_bytes(size, bits) if integers else size
     value = arrays[kind][done[kind] : done[kind] + size]
     done[kind] += size
     if integers:
-      values[name] = packing.unpack(value, bits, shape)
+      whole = packing.unpack(value, bits, shape)
+      values[name] = 2 * whole + 1 if odd else whole
     else:
       values[name] = value.reshape(shape)
   return values
@@ -120,12 +139,17 @@ def skeleton(manifest, dense) -> harden.HardenedModel:
   }
   structure = compress.Structure(graph, settings, groups, plan)
   inner = graph_lib.slice_channels(model, graph, dict(plan.open))
+  odd = {n for n, text in manifest['arrays'].items() if text.startswith(ODD)}
   empty = jax.ShapeDtypeStruct((), jnp.float32)
   gates = [harden.Scales(empty) for _ in structure.gated]
   compress.attach_operands(
     inner,
     structure,
-    weight=lambda path: harden.Dequantizer(empty) if path in levels else None,
+    weight=lambda path: (
+      harden.Dequantizer(empty, odd=f'model/{path}/kernel' in odd)
+      if path in levels
+      else None
+    ),
     act=lambda path: (
       harden.FixedQuantizer(empty, *levels[path]) if path in levels else None
     ),

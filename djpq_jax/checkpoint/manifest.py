@@ -11,7 +11,7 @@ from djpq_jax.checkpoint import index
 from djpq_jax.checkpoint import program
 
 FORMAT = 'djpq_jax hardened model'
-VERSION = 7
+VERSION = 8
 OLDEST = 4  # that is read, see `older`
 # What is always there, and of which kind.
 PARTS: dict[str, Any] = {

@@ -178,6 +178,7 @@ def _weights(manifest: dict, model) -> dict[str, report_lib.Weights]:
       np.asarray(layer.kernel[...]),
       bits[path],
       np.asarray(operands.weight.step[...]),
+      odd=operands.weight.odd,
     )
     for path, layer, operands in compress.hooks(model)
     if isinstance(operands.weight, harden.Dequantizer)

@@ -162,7 +162,13 @@ def regrid(
 
 
 def at_bits(
-  quantizer, bits: float, tensors, clip=None, *, fixed: bool = False
+  quantizer,
+  bits: float,
+  tensors,
+  clip=None,
+  *,
+  fixed: bool = False,
+  mid_rise: bool = False,
 ) -> layers.Quantizer:
   """A quantizer of the same kind, its clip (or clips) of least squared error.
 
@@ -172,6 +178,7 @@ def at_bits(
     tensors: values that it quantizes, of any shapes.
     clip: what to begin with, by default its own; see `clips.of_least_error`.
     fixed: whether the bits stay as they are.
+    mid_rise: whether its levels lie half a step beside whole steps.
   """
   if not fixed:
     bits = float(np.clip(bits, *quantizer.bounds))
@@ -190,6 +197,7 @@ def at_bits(
       choices=() if fixed else quantizer.choices,
       narrow_range=quantizer.narrow_range,
       below=below,
+      mid_rise=mid_rise,
     )
 
   grid = made(clip, quantizer.below)
@@ -197,7 +205,9 @@ def at_bits(
     return grid
   if fixed and grid.sides['below'] is not None:  # whole levels on both sides
     return made(*clips.asymmetric(clip, round(bits), tensors))
-  found = clips.of_least_error(clip, *grid.levels(bits), tensors)
+  found = clips.of_least_error(
+    clip, *grid.levels(bits), tensors, mid_rise=mid_rise
+  )
   return made(found, quantizer.below)
 
 

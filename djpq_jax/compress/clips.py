@@ -19,7 +19,12 @@ def of_kernel(kernel, out_axis: int | None = None):
 
 
 def of_least_error(
-  clip: np.ndarray, levels: float, below: float, tensors: Sequence[Any]
+  clip: np.ndarray,
+  levels: float,
+  below: float,
+  tensors: Sequence[Any],
+  *,
+  mid_rise: bool = False,
 ) -> np.ndarray:
   """The multiple of a clip with the least squared error, for each grid.
 
@@ -28,11 +33,14 @@ def of_least_error(
     levels: steps from zero to the clip.
     below: steps from zero to the lowest level.
     tensors: what is quantized, of any shapes.
+    mid_rise: whether levels lie half a step beside whole steps.
 
   Returns:
     Clips, of the shape of `clip`.
   """
-  best, _ = _search(clip, levels, below, _columns(clip, tensors))
+  best, _ = _search(
+    clip, levels, below, _columns(clip, tensors), mid_rise=mid_rise
+  )
   return best.reshape(clip.shape)
 
 
@@ -81,15 +89,21 @@ def _columns(clip: np.ndarray, tensors: Sequence[Any]) -> np.ndarray:
   return x[:: max(1, x.size // SAMPLES), None]
 
 
-def _search(clip, levels: float, below: float, x: np.ndarray):
+def _search(
+  clip, levels: float, below: float, x: np.ndarray, *, mid_rise: bool = False
+):
   """The best clips of some, and their squared errors, [grids]."""
   best, least = clip.ravel(), np.full(clip.size, np.inf, np.float32)
   for scale in np.geomspace(0.2, 1.5, 32):
     edge = clip.ravel() * np.float32(scale)
     step = edge / np.float32(levels)
     lowest = -step * np.float32(below)
-    rounded = step * np.round(np.clip(x, lowest, edge) / step)
-    error = np.square(rounded - x).sum(axis=0)
+    inside = np.clip(x, lowest, edge) / step
+    if mid_rise:
+      level = np.copysign(np.floor(np.abs(inside)) + 0.5, inside)
+    else:
+      level = np.round(inside)
+    error = np.square(step * level - x).sum(axis=0)
     best = np.where(error < least, edge, best)
     least = np.minimum(error, least)
   return best, least

@@ -12,6 +12,9 @@ from djpq_jax.compress import clips
 from djpq_jax.compress import structure as structure_lib
 from djpq_jax.compress import wrapped
 
+MID_RISE_TO = 2  # bits
+MASKED = 0.01  # share of zeros in a kernel that are there for a reason
+
 
 def freeze(
   model: wrapped.Compressed, plan: structure_lib.Plan, *args
@@ -49,16 +52,19 @@ def freeze(
   attach.attach_operands(
     inner, structure, lambda p: found[p].weight, lambda p: found[p].act
   )
-  inputs = wrapped.inputs_of(frozen, *args)
+  places = [layers.INPUTS, layers.KERNELS]
+  inputs, kernels = wrapped.look(frozen, places, *args)
   for path, module, operands in wrapped.hooks(frozen):
     if operands.weight is None:
       continue
     kernel, clip = module.kernel[...], None
     if structure.layers[path].per_channel:
       clip = clips.of_kernel(kernel, structure.graph.layers[path].out_axis)
+    bits = plan.weight_bits[path]
+    mid_rise = _is_mid_rise(structure.layers[path], bits, kernels[path])
     operands.weight = nnx.data(
       attach.at_bits(
-        operands.weight, plan.weight_bits[path], [kernel], clip, fixed=True
+        operands.weight, bits, [kernel], clip, fixed=True, mid_rise=mid_rise
       )
     )
     operands.act = nnx.data(
@@ -67,6 +73,19 @@ def freeze(
       )
     )
   return frozen
+
+
+def _is_mid_rise(
+  settings: structure_lib.LayerSettings, bits: int, kernels
+) -> bool:
+  """Whether the settled grid of a kernel has no level at zero.
+
+  A kernel that has zeros, as a masked one, keeps them.
+  """
+  if not settings.mid_rise or settings.narrow_range or settings.exponent:
+    return False
+  zeros = max(float(np.mean(np.asarray(k) == 0)) for k in kernels)
+  return bits <= MID_RISE_TO and zeros < MASKED
 
 
 def fold_gates(model: wrapped.Compressed):

@@ -21,6 +21,7 @@ FLAGS = (
   'per_channel',
   'narrow_range',
   'asymmetric',
+  'mid_rise',
 )
 
 
@@ -50,6 +51,10 @@ class Rule:
       below zero as above, as after gelu or swish, has fewer levels there.
       Default: yes, but not where `narrow_range` asks for as many, nor where
       eight bits or more are fixed.
+    mid_rise: whether a kernel that gets two bits has its levels half a step
+      beside whole steps, -3/2, -1/2, 1/2 and 3/2, in place of -2 to 1.
+      Default: yes, but not where `narrow_range` or `exponent` is, nor where a
+      hundredth of the kernel is zero, as of a masked one.
   """
 
   pattern: str
@@ -63,6 +68,7 @@ class Rule:
   per_channel: bool | None = None
   narrow_range: bool | None = None
   asymmetric: bool | None = None
+  mid_rise: bool | None = None
 
   def __post_init__(self):
     if not isinstance(self.pattern, str):
@@ -119,6 +125,7 @@ class LayerSettings:
   per_channel: bool = False
   narrow_range: bool = False
   asymmetric: bool = True
+  mid_rise: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

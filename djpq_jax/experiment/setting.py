@@ -316,4 +316,6 @@ def rules_of(config) -> list[compress.Rule]:
     rules.insert(0, {'pattern': '*', 'narrow_range': True})
   if not config.asymmetric:
     rules.insert(0, {'pattern': '*', 'asymmetric': False})
+  if not config.mid_rise:
+    rules.insert(0, {'pattern': '*', 'mid_rise': False})
   return [compress.Rule(**rule) for rule in rules]

@@ -89,6 +89,8 @@ class Quantizer(nnx.Module):
     below: levels below zero over levels above it, for values that reach less
       far below zero than above; in place of what `narrow_range` says, where
       that need not be symmetric.
+    mid_rise: whether the levels lie half a step beside whole steps, as
+      `ops.quantize` says; in place of the two before.
   """
 
   def __init__(
@@ -104,6 +106,7 @@ class Quantizer(nnx.Module):
     choices: Sequence[float] = (),
     narrow_range: bool = True,
     below: float | None = None,
+    mid_rise: bool = False,
   ):
     clip = jnp.asarray(clip, jnp.float32)
     self.signed = signed
@@ -112,6 +115,7 @@ class Quantizer(nnx.Module):
     self.choices = tuple(sorted(map(float, choices)))
     self.narrow_range = narrow_range
     self.below = None if below is None else float(below)
+    self.mid_rise = mid_rise
     self.log_clip = QuantParam(jnp.log(clip))
     self.log_exponent = nnx.data(None)
     self.log_step = nnx.data(None)
@@ -156,7 +160,7 @@ class Quantizer(nnx.Module):
   def symmetric(self) -> bool:
     """Whether the grid has as many levels below zero as above, or none."""
     asked = self.below is not None or not self.narrow_range
-    return not (asked and self._may_be_uneven())
+    return self.mid_rise or not (asked and self._may_be_uneven())
 
   @property
   def sides(self) -> dict[str, Any]:
@@ -166,6 +170,8 @@ class Quantizer(nnx.Module):
   def levels(self, bits: float) -> tuple[float, float]:
     """Steps from zero to the highest and to the lowest level, at some bits."""
     above, below = self._above(bits), self.extent['below']
+    if self.mid_rise:
+      return above, above
     if below is not None:
       return above, above * below
     return above, (above + (not self.symmetric)) * self.signed
@@ -173,8 +179,9 @@ class Quantizer(nnx.Module):
   @property
   def extent(self) -> dict[str, Any]:
     """What the bits depend on beside step, clip and exponent, likewise."""
-    below = self.below if self._may_be_uneven() else None
-    return {'signed': self.signed, 'below': below}
+    uneven = self._may_be_uneven() and not self.mid_rise
+    below = self.below if uneven else None
+    return {'signed': self.signed, 'below': below, 'mid_rise': self.mid_rise}
 
   def _may_be_uneven(self) -> bool:
     least = self.bounds[0] if self.fixed_bits is None else self.fixed_bits
@@ -208,5 +215,10 @@ class Quantizer(nnx.Module):
     return quantize.quantize(x, *self.grid(), **sides)
 
   def integers(self, x):
-    """The whole numbers n, int32, for which `self(x)` is step * n."""
+    """The whole numbers n, int32, for which `self(x)` is unit * n."""
     return quantize.quantize_to_int(x, *self.grid(), **self.sides)
+
+  @property
+  def unit(self):
+    """What one of `integers` is worth: the step, or half of it."""
+    return self.grid()[0] * (0.5 if self.mid_rise else 1.0)

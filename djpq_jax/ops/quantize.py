@@ -12,6 +12,13 @@ Signed, two's complement holds one level more below zero than above it; with
 later, at ``-(clip + step)``.  ``below`` puts that edge anywhere else, at
 ``-below * clip``: for values that reach less far below zero than above, as
 after gelu or swish, which would leave most levels below zero unused.
+With ``mid_rise`` the levels lie half a step beside the whole ones, evenly on
+both sides of zero, which is none of them::
+
+    x_q = sign(x) * step * (floor(min(|x|, clip) / step) + 1/2)
+
+It is for few bits: of two, -1, 0 and 1 steps hold most values of a kernel, and
+the fourth level few; -3/2, -1/2, 1/2 and 3/2 steps hold nearly as many each.
 
 Straight-through derivatives, each times sign(x)::
 
@@ -22,6 +29,7 @@ Straight-through derivatives, each times sign(x)::
 
 and, where negative x is clipped one step later, 1 more to the step there;
 where it is clipped at ``-below * clip``, `below` times as much to the clip.
+With `mid_rise` they are the same, with its level in place of round(u / step).
 
 Formula and derivatives: `quant_layers.py` of github.com/microsoft/geta, which
 says that it follows DJPQ (Wang et al., arXiv 2007.10463).  The derivative to x
@@ -41,11 +49,12 @@ import jax.numpy as jnp
 
 
 class _Sides(NamedTuple):
-  """What a grid has below zero; static."""
+  """What a grid has below zero and at it; static."""
 
   signed: bool
   narrow: bool
   below: float | None = None
+  mid_rise: bool = False
 
 
 def quantize(
@@ -58,6 +67,7 @@ def quantize(
   floor=0.0,
   narrow_range=True,
   below=None,
+  mid_rise=False,
 ):
   """Rounds x to whole steps, differentiable in x and in the grid.
 
@@ -82,14 +92,18 @@ def quantize(
       or one more, as two's complement [LSQ, Esser et al. 2020]; static.
     below: largest magnitude kept below zero, over the clip, >= 0; in place of
       what `narrow_range` says.  A Python number or None; static.
+    mid_rise: whether the levels lie half a step beside whole steps, in place
+      of what `narrow_range` says [the mid-rise quantizer of signal processing];
+      static.
 
   Returns:
     Array of x's shape and dtype.
 
   Raises:
     TypeError: x is not floating.
-    ValueError: a parameter does not broadcast to x, a level more or `below` is
-      asked for together with an exponent, or `below` is negative.
+    ValueError: a parameter does not broadcast to x, a level more, `below` or
+      `mid_rise` is asked for together with an exponent, `mid_rise` together
+      with a floor, `below`, or no sign, or `below` is negative.
 
   >>> quantize(jnp.array([-2.0, 0.3, 0.8]), 0.25, 1.0)
   Array([-1.  ,  0.25,  0.75], dtype=float32)
@@ -101,8 +115,10 @@ def quantize(
   Array([-1. ,  0.5], dtype=float32)
   >>> quantize(jnp.array([-9.0, 9.0]), 0.25, 1.0, below=0.5)
   Array([-0.5,  1. ], dtype=float32)
+  >>> quantize(jnp.array([-9.0, -0.1, 0.9, 9.0]), 1.0, 1.5, mid_rise=True)
+  Array([-1.5, -0.5,  0.5,  1.5], dtype=float32)
   """
-  sides = _sides(signed, narrow_range, exponent, below)
+  sides = _sides(signed, narrow_range, exponent, below, mid_rise, floor)
   x, unit, step, clip, exponent, floor = _operands(
     x,
     unit=_unit(step_size),
@@ -116,7 +132,16 @@ def quantize(
   return _warped(x, unit, step, clip, exponent, floor, sides)
 
 
-def quantize_lsq(x, clip, bits, *, signed=True, narrow_range=True, below=None):
+def quantize_lsq(
+  x,
+  clip,
+  bits,
+  *,
+  signed=True,
+  narrow_range=True,
+  below=None,
+  mid_rise=False,
+):
   """The quantizer of a fixed number of bits: only its clip is learned.
 
   ``quantize(x, step_for_bits(bits, clip), clip)``, whose step moves with the
@@ -133,13 +158,15 @@ def quantize_lsq(x, clip, bits, *, signed=True, narrow_range=True, below=None):
     narrow_range: whether a signed grid has as many levels below zero as above,
       or all ``2 ** bits``; static.
     below: as in `quantize`; levels below zero over levels above it.
+    mid_rise: as in `quantize`.
 
   Returns:
     Array of x's shape and dtype.
 
   Raises:
     TypeError: x is not floating.
-    ValueError: a parameter does not broadcast to x, or `below` is negative.
+    ValueError: a parameter does not broadcast to x, or `below` or `mid_rise`
+      is refused as by `quantize`.
 
   >>> quantize_lsq(jnp.array([-2.0, 0.3, 0.8]), 1.0, 3)
   Array([-1.        ,  0.33333334,  0.6666667 ], dtype=float32)
@@ -148,11 +175,13 @@ def quantize_lsq(x, clip, bits, *, signed=True, narrow_range=True, below=None):
   >>> quantize_lsq(jnp.array([-9.0, 9.0]), 1.0, 2, below=1 / 2)
   Array([-0.5,  1. ], dtype=float32)
   """
-  step = clip / levels_above(bits, signed=signed, below=below)
+  step = clip / levels_above(
+    bits, signed=signed, below=below, mid_rise=mid_rise
+  )
   x, unit, step, clip = _operands(
     x, unit=_unit(clip), step_size=step, clip=clip
   )
-  sides = _sides(signed, narrow_range, below=below)
+  sides = _sides(signed, narrow_range, below=below, mid_rise=mid_rise)
   return _lsq(x, unit, step, clip, sides)
 
 
@@ -166,10 +195,12 @@ def quantize_to_int(
   floor=0.0,
   narrow_range=True,
   below=None,
+  mid_rise=False,
 ):
   """Integer levels n of the quantizer: `quantize(x, ...)` is step * n.
 
-  The equality is exact in float32 while ``|n| < 2**24``.  No gradient.
+  With `mid_rise` it is step / 2 * n, and all n are odd.  The equality is exact
+  in float32 while ``|n| < 2**24``.  No gradient.
 
   Args:
     x: floating array of any shape.
@@ -181,6 +212,7 @@ def quantize_to_int(
     narrow_range: whether a signed grid has as many levels below zero as above,
       or one more; static.
     below: as in `quantize`.
+    mid_rise: as in `quantize`.
 
   Returns:
     int32 array of x's shape.
@@ -192,20 +224,30 @@ def quantize_to_int(
   >>> quantize_to_int(jnp.array([-2.0, 0.3, 0.8]), 0.25, 1.0)
   Array([-4,  1,  3], dtype=int32)
   """
-  sides = _sides(signed, narrow_range, exponent, below)
+  sides = _sides(signed, narrow_range, exponent, below, mid_rise, floor)
   x, step, clip, exponent, floor = _operands(
     x, step_size=step_size, clip=clip, exponent=exponent, floor=floor
   )
   level = _level(x, step, clip, exponent, floor, sides)
+  if mid_rise:
+    level = 2 * level
   return jax.lax.stop_gradient(level).astype(jnp.int32)
 
 
 def bit_width(
-  step_size, clip, exponent=1.0, *, signed=True, floor=0.0, below=None
+  step_size,
+  clip,
+  exponent=1.0,
+  *,
+  signed=True,
+  floor=0.0,
+  below=None,
+  mid_rise=False,
 ):
   """Bits that the grid needs, 1[signed] + log2(1 + (clip-floor)**t / step).
 
-  With `below`, all levels count: log2(1 + (1 + below) (clip-floor) / step).
+  With `below`, all levels count: log2(1 + (1 + below) (clip-floor) / step);
+  with `mid_rise`, likewise, with as much below zero as above it.
 
   The logarithm without its ceil: real-valued bits train, whole bits are for
   the report [ceil: `quant_layers.py` of microsoft/geta; without: our choice].
@@ -219,6 +261,7 @@ def bit_width(
     signed: whether one bit is a sign; static.
     floor: fixed lower edge, >= 0, in units of x, without gradient.
     below: as in `quantize`.
+    mid_rise: as in `quantize`.
 
   Returns:
     Bits, float32 array of the arguments' common shape; differentiable.
@@ -232,18 +275,27 @@ def bit_width(
   4.0
   """
   step, span = _span(step_size, clip, exponent, floor)
-  if signed and below is not None:
+  below = _spread_below(signed, below, mid_rise)
+  if below is not None:
     return jnp.log2(1 + (1 + below) * span * (1 / step))
   return int(signed) + jnp.log2(1 + span * (1 / step))
 
 
 def step_for_bits(
-  bits, clip, exponent=1.0, *, signed=True, floor=0.0, below=None
+  bits,
+  clip,
+  exponent=1.0,
+  *,
+  signed=True,
+  floor=0.0,
+  below=None,
+  mid_rise=False,
 ):
   """Step whose grid has `bits` bits, the inverse of `bit_width`.
 
   step = (clip - floor) ** t / (2 ** (bits - 1[signed]) - 1)
-  [`quant_layers.py` of microsoft/geta]; with `below`, see `levels_above`.
+  [`quant_layers.py` of microsoft/geta]; with `below` and `mid_rise`, see
+  `levels_above`.
 
   Args:
     bits: bits, > 1 if signed and > 0 if not; real-valued or whole.
@@ -252,6 +304,7 @@ def step_for_bits(
     signed: whether one bit is a sign; static.
     floor: fixed lower edge, >= 0, in units of x, without gradient.
     below: as in `quantize`.
+    mid_rise: as in `quantize`.
 
   Returns:
     Step, float32 array of the arguments' common shape; differentiable.
@@ -263,19 +316,23 @@ def step_for_bits(
   7.0
   """
   bits, span = _span(bits, clip, exponent, floor)
-  return span / levels_above(bits, signed=signed, below=below)
+  return span / levels_above(
+    bits, signed=signed, below=below, mid_rise=mid_rise
+  )
 
 
-def levels_above(bits, *, signed=True, below=None):
+def levels_above(bits, *, signed=True, below=None, mid_rise=False):
   """Levels above zero of a grid of `bits` bits, the clip in steps.
 
   2 ** (bits - 1[signed]) - 1; with `below`, its share of all but zero,
-  (2 ** bits - 1) / (1 + below).
+  (2 ** bits - 1) / (1 + below); with `mid_rise`, half of that, (2 ** bits - 1)
+  / 2.
 
   Args:
     bits: bits, > 1 if signed and > 0 if not; a number or an array.
     signed: whether one bit is a sign.
     below: as in `quantize`.
+    mid_rise: as in `quantize`.
 
   Returns:
     A float for a Python number, else an array; differentiable.
@@ -284,12 +341,29 @@ def levels_above(bits, *, signed=True, below=None):
   (7.0, 15.0, 2.0)
   """
   power = (lambda n: 2.0**n) if isinstance(bits, int | float) else jnp.exp2
-  if signed and below is not None:
+  below = _spread_below(signed, below, mid_rise)
+  if below is not None:
     return (power(bits) - 1) / (1 + below)
   return power(bits - int(signed)) - 1
 
 
-def _sides(signed, narrow_range, exponent=1.0, below=None):
+def _spread_below(signed, below, mid_rise):
+  """How far a signed grid spreads its bits below zero, over above it."""
+  if mid_rise:
+    return 1.0
+  return below if signed else None
+
+
+def _sides(
+  signed, narrow_range, exponent=1.0, below=None, mid_rise=False, floor=0.0
+):
+  if mid_rise:
+    plain = _is_one(exponent) and isinstance(floor, int | float) and not floor
+    if not (signed and plain and below is None):
+      raise ValueError(
+        'mid_rise is for signed grids without exponent, floor and below'
+      )
+    return _Sides(True, True, None, True)
   if not narrow_range and not _is_one(exponent):
     raise ValueError('narrow_range=False is for grids with exponent 1.0 only')
   if below is None or not signed:
@@ -437,10 +511,15 @@ def _level(x, step, clip, exponent, floor, sides):
   u = _power(_magnitude(size, edge, floor), exponent)
   # Not u / step: XLA turns that into this product under jit on CPU but not
   # outside of it, and then the last bit, so the integer at a tie, would differ.
-  return sign * jnp.round(u * (1 / step))
+  steps = u * (1 / step)
+  if sides.mid_rise:
+    return sign * (jnp.floor(steps) + 0.5)
+  return sign * jnp.round(steps)
 
 
 def _size_and_sign(x, sides):
+  if sides.mid_rise:  # zero has a level, too
+    return jnp.abs(x), jnp.where(x < 0, -1, 1).astype(x.dtype)
   if sides.signed:
     return jnp.abs(x), jnp.sign(x)
   return jnp.maximum(x, 0), jnp.ones_like(x)

@@ -22,6 +22,8 @@ class Weights:
     counts: how many weights each level has, lowest level first, [2**bits].
     steps: distance of two levels, > 0: one number for the layer, or one for
       each output channel.
+    odd: whether the grid has the odd levels alone, as a mid-rise one; they go
+      from -2**bits to 2**bits-1 then, and there are twice as many counts.
 
   Raises:
     ValueError: there are not as many counts as levels, or no step.
@@ -30,11 +32,13 @@ class Weights:
   bits: int
   counts: Sequence[int]
   steps: Sequence[float]
+  odd: bool = False
 
   def __post_init__(self):
-    if len(self.counts) != 2**self.bits:
+    levels = 2 ** (self.bits + self.odd)
+    if len(self.counts) != levels:
       raise ValueError(
-        f'{self.bits} bits have {2**self.bits} levels, but there are '
+        f'{self.bits} bits have {levels} levels, but there are '
         f'{len(self.counts)} counts'
       )
     if not self.steps:
@@ -56,13 +60,16 @@ class Weights:
     return sum(self.counts)
 
 
-def count(integers: Any, bits: int, steps: Any) -> Weights:
+def count(
+  integers: Any, bits: int, steps: Any, *, odd: bool = False
+) -> Weights:
   """Counts a kernel's integers.
 
   Args:
     integers: a kernel's levels, any shape.
     bits: of its grid, at least 2.
     steps: the grid's step, a scalar or one for each output channel.
+    odd: whether the levels are the odd ones alone.
 
   Returns:
     The counts of all levels, those without a weight too.
@@ -71,7 +78,7 @@ def count(integers: Any, bits: int, steps: Any) -> Weights:
   (0, 1, 1, 2)
   """
   levels = np.asarray(integers, np.int64).ravel()
-  half = 2 ** (bits - 1)
+  half = 2 ** (bits - 1 + odd)
   if levels.size and not -half <= levels.min() <= levels.max() < half:
     raise ValueError(
       f'{bits} bits go from {-half} to {half - 1}, a weight is beyond'
@@ -81,6 +88,7 @@ def count(integers: Any, bits: int, steps: Any) -> Weights:
     bits=bits,
     counts=tuple(counts.tolist()),
     steps=tuple(np.asarray(steps, np.float64).ravel().tolist()),
+    odd=odd,
   )
 
 
@@ -91,7 +99,7 @@ def facts(weights: Weights) -> list[tuple[str, str]]:
   zeros = weights.zeros
   return [
     ('bits', f'{weights.bits}'),
-    ('levels', f'{used:,} of {len(weights.counts):,} in use'),
+    ('levels', f'{used:,} of {2**weights.bits:,} in use'),
     ('step', _step(weights.steps)),
     ('weights', f'{weights.total:,}'),
     ('zeros', f'{zeros:,} ({100 * zeros / total:.1f} %)'),

@@ -163,6 +163,7 @@ SIDES = [
   dict(signed=True, narrow_range=False),
   dict(signed=True, below=0.5),
   dict(signed=True, below=0.0),
+  dict(signed=True, mid_rise=True),
 ]
 
 
@@ -184,6 +185,8 @@ def test_lsq_is_the_quantizer_whose_step_follows_its_clip(
     levels = 2.0 ** (bits - sides['signed']) - 1
     if 'below' in sides:
       levels = (2.0**bits - 1) / (1 + sides['below'])
+    if 'mid_rise' in sides:
+      levels = (2.0**bits - 1) / 2
     step = clip / levels
     return quantize.quantize(x, step, clip, **sides)
 
@@ -497,6 +500,85 @@ def test_a_grid_with_any_number_of_levels_below_zero(bits, count, dtype):
   want = np.float32([top, -count, np.nan]) * np.float32(step)
   got = quantize.quantize(edges, step, clip, **sides)
   np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize('bits', [2, 3, 4, 7])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_a_mid_rise_grid_has_all_levels_and_none_at_zero(bits, dtype):
+  clip = jnp.float32(1.37)
+  step = quantize.step_for_bits(float(bits), clip, mid_rise=True)
+  top = quantize.levels_above(bits, mid_rise=True)
+  assert float(clip / step) == pytest.approx(top) == (2**bits - 1) / 2
+  bits_again = quantize.bit_width(step, clip, mid_rise=True)
+  assert bits_again == pytest.approx(bits)
+  x = jnp.linspace(-4.0, 4.0, 20_001).astype(dtype)
+  level = quantize.quantize_to_int(x, step, clip, mid_rise=True)
+  want = np.arange(1 - 2**bits, 2**bits, 2)
+  np.testing.assert_array_equal(np.unique(level), want)
+  out = (step / 2 * level.astype(jnp.float32)).astype(dtype)
+  for f in (
+    lambda x: quantize.quantize(x, step, clip, mid_rise=True),
+    lambda x: quantize.quantize_lsq(x, clip, bits, mid_rise=True),
+  ):
+    np.testing.assert_array_equal(f(x), out)
+    np.testing.assert_array_equal(jax.jit(f)(x), out)
+  # No value inside is further than half a step from its level.
+  inside = np.abs(np.asarray(x, np.float32)) <= float(clip)
+  error = np.abs(np.asarray(out - x, np.float32))[inside]
+  rounding = 2.0**-8 * float(clip) if dtype == jnp.bfloat16 else 1e-6
+  assert error.max() <= float(step) / 2 + rounding
+
+
+def test_a_mid_rise_grid_at_its_edges():
+  x = jnp.asarray([jnp.inf, -jnp.inf, jnp.nan, 0.0, -0.0, -1e-30, 1e-30])
+  got = quantize.quantize(x, 1.0, 1.5, mid_rise=True)
+  want = [1.5, -1.5, np.nan, 0.5, 0.5, -0.5, 0.5]
+  np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize('fixed', [False, True])
+def test_gradients_of_a_mid_rise_grid_equal_the_oracle(fixed):
+  x, weight = 2 * _random((400,)), _random((400,), seed=1)
+  step, clip = jnp.float32(0.6), jnp.float32(0.9)
+
+  def oracle(x, step, clip):
+    stop = jax.lax.stop_gradient
+    u = jnp.clip(x, -clip, clip) / step
+    level = jnp.where(x < 0, -1, 1) * (jnp.floor(jnp.abs(u)) + 0.5)
+    return jnp.sum(weight * step * (u + stop(level - u)))
+
+  def got(x, step, clip):
+    found = quantize.quantize(x, step, clip, mid_rise=True)
+    return jnp.sum(weight * found)
+
+  if fixed:
+    of_step = oracle
+    oracle = lambda x, clip: of_step(x, clip / 1.5, clip)
+    got = lambda x, clip: jnp.sum(
+      weight * quantize.quantize_lsq(x, clip, 2, mid_rise=True)
+    )
+  args = (x, clip) if fixed else (x, step, clip)
+  numbers = tuple(range(len(args)))
+  for a, b in zip(
+    jax.grad(got, argnums=numbers)(*args),
+    jax.grad(oracle, argnums=numbers)(*args),
+  ):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  'settings',
+  [
+    dict(signed=False),
+    dict(exponent=1.3),
+    dict(exponent=jnp.float32(1.0)),
+    dict(floor=0.1),
+    dict(below=0.5),
+  ],
+)
+def test_a_mid_rise_grid_has_no_other_ends(settings):
+  with pytest.raises(ValueError, match='mid_rise is for signed grids without'):
+    quantize.quantize(jnp.ones(3), 0.25, 1.0, mid_rise=True, **settings)
 
 
 def test_nothing_is_below_zero_unsigned():
