@@ -58,7 +58,7 @@ PICTURES = {
     'ResNet-20 on CIFAR-10, 5 epochs: accuracy, mean and standard deviation',
     ['resnet20_cifar10_5_epochs', 'peers_resnet20'],
     OURS | {'brevitas': r'brevitas W\dA\d'},
-    hidden=r'DJPQ inputs of one bit .*|brevitas W2A2, last.*',
+    hidden=r'DJPQ inputs of one bit .*|brevitas W2A2, last.*|W2A2 per channel',
   ),
   'mobilenet_v2_cifar10_pareto': Picture(
     'MobileNetV2 on CIFAR-10, 5 epochs: accuracy of one seed',

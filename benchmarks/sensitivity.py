@@ -19,6 +19,8 @@ import scipy.optimize
 from djpq_jax import compress
 from djpq_jax import layers
 from djpq_jax.compress import attach
+from djpq_jax.compress import frozen
+from djpq_jax.compress import wrapped
 
 FINE = 8.0  # bits of the grids that are not measured
 KINDS = ('weight', 'act')
@@ -48,7 +50,8 @@ def divergences(
     dataclasses.replace(plan, weight_bits=fine['weight'], act_bits=fine['act']),
     images,
   )
-  inputs = compress.inputs_of(net, images)
+  places = [layers.INPUTS, layers.KERNELS]
+  inputs, kernels = wrapped.look(net, places, images)
   tensors, grids = {}, {}
   for path, module, operands in compress.hooks(net):
     if operands.weight is None:
@@ -80,7 +83,15 @@ def divergences(
     found[kind, path] = {}
     low, high = bounds[kind, path]
     for bits in range(low, high + 1):
-      moved = attach.at_bits(grid, float(bits), tensors[kind, path])
+      mid_rise = kind == 'weight' and frozen.is_mid_rise(
+        net.structure.layers[path],
+        bits,
+        tensors[kind, path][0],
+        kernels[path],
+      )
+      moved = attach.at_bits(
+        grid, float(bits), tensors[kind, path], mid_rise=mid_rise
+      )
       setattr(operands, kind, nnx.data(moved))
       logits = log_probabilities(nnx.split(net)[1])
       apart = jnp.sum(jnp.exp(reference) * (reference - logits), axis=-1)

@@ -108,8 +108,8 @@ def estimate_statistics(
     model: any model; a copy is returned.
     batches: batches of images, as training sees them; over a mesh, this
       process's share of each.
-    mesh: devices that share each batch; each has statistics of its own, and
-      they are averaged.  None for one device.
+    mesh: devices that share each batch, whose statistics are those of the
+      whole of it; None for one device.
 
   Returns:
     The model with new means and variances; as it was if it keeps none.
@@ -134,7 +134,7 @@ def estimate_statistics(
   else:
     state = parallel.replicate(state, mesh)
     batches = (parallel.spread(x, mesh) for x in batches)
-    one = parallel.jit_mean(one, mesh)
+    one = parallel.jit_whole(one, mesh)
   # One batch at a time: the next would wait in memory for this one.
   seen = [jax.tree.map(np.asarray, one(state, x)) for x in batches]
   if not seen:

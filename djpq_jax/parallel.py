@@ -216,13 +216,26 @@ def jit_step(step: Step, mesh: jax.sharding.Mesh) -> Step:
     step: (state, batch) -> (state, metrics), pure; the state is donated.
     mesh: from `mesh`.
   """
+  return _jit(step, mesh, donate_argnums=0)
+
+
+def jit_whole(
+  function: Callable[[T, jax.Array], Any], mesh: jax.sharding.Mesh
+) -> Callable[[T, jax.Array], Any]:
+  """Compiles a function of a whole batch, of which devices hold shares.
+
+  Args:
+    function: (state, batch) -> arrays that all devices get.
+    mesh: from `mesh`; arrays come as `replicate` and `spread` place them.
+  """
+  return _jit(function, mesh)
+
+
+def _jit(function, mesh: jax.sharding.Mesh, **options):
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   shares = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
   return jax.jit(
-    step,
-    in_shardings=(whole, shares),
-    out_shardings=(whole, whole),
-    donate_argnums=0,
+    function, in_shardings=(whole, shares), out_shardings=whole, **options
   )
 
 
@@ -265,30 +278,9 @@ def jit_function(
   def collected(state, batch):
     return jax.lax.all_gather(function(state, batch), AXIS, tiled=True)
 
-  return _mapped(collected, mesh)
-
-
-def jit_mean(
-  function: Callable[[T, jax.Array], Any], mesh: jax.sharding.Mesh
-) -> Callable[[T, jax.Array], Any]:
-  """Maps a function over devices; all get the mean of its results.
-
-  Args:
-    function: (state, batch) -> float arrays; see `jit_function`.
-    mesh: likewise.
-  """
-
-  def averaged(state, batch):
-    return jax.lax.pmean(function(state, batch), AXIS)
-
-  return _mapped(averaged, mesh)
-
-
-def _mapped(function, mesh: jax.sharding.Mesh):
-  """A function of a device's share, of which all devices get the same."""
   spec = jax.sharding.PartitionSpec
   mapped = jax.shard_map(
-    function,
+    collected,
     mesh=mesh,
     in_specs=(spec(), spec(AXIS)),
     out_specs=spec(),

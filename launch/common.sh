@@ -41,7 +41,7 @@ check_arguments() {
     case $argument in
       --config | --config=*) config=1 ;;
       --workdir | --workdir=*) workdir=1 ;;
-      --ov*) fail '--overwrite begins anew at each start; delete the workdir' ;;
+      --o*) fail '--overwrite begins anew at each start; delete the workdir' ;;
     esac
   done
   [ -n "$config" ] || fail "--config is missing after --, $where"

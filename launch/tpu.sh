@@ -65,7 +65,7 @@ everywhere() {
 before='rm -f djpq-stop; '
 train() {
   local first=$before
-  before=
+  before='test ! -e djpq-stop || exit 130; '
   everywhere "${first}djpq/bin/djpq train $1 --distributed \
 || { s=\$?; test ! -e djpq-stop || s=130; exit \$s; }"
 }

@@ -889,7 +889,7 @@ def test_what_freeze_leaves():
   np.testing.assert_array_equal(quiet, keyed)
   kernel = frozen.model.conv1.kernel[...]
   levels = np.unique(found['conv1'].weight.integers(kernel))
-  np.testing.assert_array_equal(levels, [-2, -1, 0, 1])
+  np.testing.assert_array_equal(levels, [-3, -1, 1, 3])  # half steps
   assert len(np.unique(found['conv2'].act(taps['conv2'][0]))) == 2
 
 
@@ -978,7 +978,25 @@ def test_kernels_of_two_bits_have_no_level_at_zero(settings, bits, levels):
 
 
 @standard_promotion
-def test_a_kernel_that_is_masked_keeps_its_zeros():
+def test_a_kernel_that_its_layer_masks_keeps_a_level_at_zero():
+  """However few are masked, and what is hardened predicts the same."""
+  chain = built('chain')
+  mask = np.ones(chain.model.conv2.kernel.shape, np.float32)
+  mask[0, 0, 0, 0] = 0
+  model = nnx.clone(chain.model)
+  model.conv2.mask = nnx.data(jnp.asarray(mask))
+  net = compress.compress(
+    model, [compress.Rule(pattern='*', prune=False)], chain.x
+  )
+  frozen = compress.freeze(net, plan_for(net, {}, 2), chain.x)
+  odd = {p: o.weight.mid_rise for p, o in operands_of(frozen).items()}
+  assert odd == {'conv1': True, 'conv2': False, 'head': True}
+  hardened = harden.harden(frozen)
+  np.testing.assert_array_equal(hardened(chain.x), frozen(chain.x))
+
+
+@standard_promotion
+def test_a_kernel_with_zeros_keeps_them():
   chain = built('chain')
   mask = np.ones(chain.model.conv2.kernel.shape, np.float32)
   mask[0] = 0

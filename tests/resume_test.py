@@ -236,7 +236,11 @@ def test_the_best_state_stays_beside_the_last_ones(tmp_path):
 
 @pytest.mark.parametrize(
   ('text', 'number'),
-  [('it did not work', errno.EIO), ('No space left', errno.ENOSPC)],
+  [
+    ('it did not work', errno.EIO),
+    (f'{300 * "x"} [OS error 28: No space left]', errno.ENOSPC),
+    ('PERMISSION_DENIED: no', errno.EACCES),
+  ],
 )
 def test_a_checkpoint_that_cannot_be_written(
   tmp_path, monkeypatch, text, number
@@ -246,13 +250,24 @@ def test_a_checkpoint_that_cannot_be_written(
   def fail(*args, **kwargs):
     raise ValueError(f'{text}\nSource locations: ...')
 
-  message = f'a checkpoint cannot be written .ValueError: {text}'
+  message = f'a checkpoint cannot be written .ValueError: {text[:9]}'
   with train.Checkpoints(tmp_path / 'a') as checkpoints:
     monkeypatch.setattr(checkpoints._manager, 'save', fail)
     with pytest.raises(OSError, match=message) as found:
       checkpoints.save(fresh(), [])
   assert found.value.errno == number
   assert found.value.filename == str(tmp_path / 'a')
+
+
+def test_a_disk_that_fails_damages_no_checkpoint(tmp_path, monkeypatch):
+  def fail(*args, **kwargs):
+    raise OSError(errno.ESTALE, 'Stale file handle')
+
+  with train.Checkpoints(tmp_path / 'a') as checkpoints:
+    checkpoints.save(fresh(), [])
+    monkeypatch.setattr(checkpoints._manager, 'restore', fail)
+    with pytest.raises(OSError, match='Stale file handle'):
+      checkpoints.restore(fresh())
 
 
 def test_a_checkpoint_that_is_half_written_is_not_picked(tmp_path):

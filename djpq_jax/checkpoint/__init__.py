@@ -236,6 +236,8 @@ def _whole(folder) -> Iterator[tuple[dict[str, Any], pathlib.Path]]:
     try:
       found = manifest_lib.content_hash(manifest, here)
     except OSError as error:
+      if files.may_pass(error):
+        raise
       raise ArtifactError(f'{folder} cannot be read: {error}') from error
     if found != manifest['sha256']:
       raise ArtifactError(
@@ -257,6 +259,8 @@ def _read(folder) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
       return manifest, _read_arrays(here / 'arrays')
     except Exception as error:  # orbax and tensorstore raise many kinds
+      if isinstance(error, OSError) and files.may_pass(error):
+        raise
       raise ArtifactError(
         f'{folder}/arrays is damaged: {files.first_line(error)}'
       ) from error

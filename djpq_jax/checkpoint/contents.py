@@ -51,8 +51,8 @@ def packed(
   # Of one width side by side: they share the codes of their bytes.
   for width, name, value in sorted(values, key=lambda v: v[:2]):
     if width:
-      if name in odd and not np.all(value & 1):
-        raise ValueError(f'{name} has integers that are not odd')
+      if name in odd and not (np.all(value & 1) and width < packing.BYTE):
+        raise ValueError(f'{name} has integers that are no odd ones of int8')
       kind = ODD if name in odd else INTEGERS
       entries[name] = manifest_lib.spec(f'{kind}{width}', value.shape)
       half = value >> (name in odd)
@@ -88,6 +88,8 @@ def unpacked(specs, arrays) -> dict[str, np.ndarray]:
     value = arrays[kind][done[kind] : done[kind] + size]
     done[kind] += size
     if integers:
+      if odd and bits >= packing.BYTE:
+        raise ValueError(f'{name} has odd integers beyond int8')
       whole = packing.unpack(value, bits, shape)
       values[name] = 2 * whole + 1 if odd else whole
     else:

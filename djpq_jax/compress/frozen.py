@@ -13,7 +13,7 @@ from djpq_jax.compress import structure as structure_lib
 from djpq_jax.compress import wrapped
 
 MID_RISE_TO = 2  # bits
-MASKED = 0.01  # share of zeros in a kernel that are there for a reason
+SPARSE = 0.01  # share of zeros from which on they are there for a reason
 
 
 def freeze(
@@ -61,7 +61,7 @@ def freeze(
     if structure.layers[path].per_channel:
       clip = clips.of_kernel(kernel, structure.graph.layers[path].out_axis)
     bits = plan.weight_bits[path]
-    mid_rise = _is_mid_rise(structure.layers[path], bits, kernels[path])
+    mid_rise = is_mid_rise(structure.layers[path], bits, kernel, kernels[path])
     operands.weight = nnx.data(
       attach.at_bits(
         operands.weight, bits, [kernel], clip, fixed=True, mid_rise=mid_rise
@@ -75,17 +75,23 @@ def freeze(
   return frozen
 
 
-def _is_mid_rise(
-  settings: structure_lib.LayerSettings, bits: int, kernels
+def is_mid_rise(
+  settings: structure_lib.LayerSettings, bits: float, held, handed
 ) -> bool:
   """Whether the settled grid of a kernel has no level at zero.
 
-  A kernel that has zeros, as a masked one, keeps them.
+  Args:
+    settings: of its layer.
+    bits: that it gets.
+    held: the kernel.
+    handed: what the layer multiplies by at each call: the kernel, or what a
+      mask leaves of it.  Zeros that are there for a reason stay.
   """
   if not settings.mid_rise or settings.narrow_range or settings.exponent:
     return False
-  zeros = max(float(np.mean(np.asarray(k) == 0)) for k in kernels)
-  return bits <= MID_RISE_TO and zeros < MASKED
+  zero = np.asarray(held) == 0
+  masked = any(np.any((np.asarray(k) == 0) & ~zero) for k in handed)
+  return bits <= MID_RISE_TO and not masked and bool(zero.mean() < SPARSE)
 
 
 def fold_gates(model: wrapped.Compressed):

@@ -54,7 +54,7 @@ class Rule:
     mid_rise: whether a kernel that gets two bits has its levels half a step
       beside whole steps, -3/2, -1/2, 1/2 and 3/2, in place of -2 to 1.
       Default: yes, but not where `narrow_range` or `exponent` is, nor where a
-      hundredth of the kernel is zero, as of a masked one.
+      kernel is masked, or a hundredth of it is zero.
   """
 
   pattern: str

@@ -20,7 +20,7 @@ class Weights:
     bits: of the grid, at least 2; its levels go from -2**(bits-1) to
       2**(bits-1)-1, the lowest of which not all grids have.
     counts: how many weights each level has, lowest level first, [2**bits].
-    steps: distance of two levels, > 0: one number for the layer, or one for
+    steps: what one level is worth, > 0: one number for the layer, or one for
       each output channel.
     odd: whether the grid has the odd levels alone, as a mid-rise one; they go
       from -2**bits to 2**bits-1 then, and there are twice as many counts.
@@ -100,7 +100,7 @@ def facts(weights: Weights) -> list[tuple[str, str]]:
   return [
     ('bits', f'{weights.bits}'),
     ('levels', f'{used:,} of {2**weights.bits:,} in use'),
-    ('step', _step(weights.steps)),
+    ('step', _step([(1 + weights.odd) * step for step in weights.steps])),
     ('weights', f'{weights.total:,}'),
     ('zeros', f'{zeros:,} ({100 * zeros / total:.1f} %)'),
   ]
@@ -145,7 +145,7 @@ def draw(weights: Weights, name: str, key: str) -> chart.Chart:
         f'{100 * n / total:.2f} %',
       )
     )
-  ticks = _ticks(top)
+  ticks = [-3, -1, 1, 3] if weights.odd and top == 3 else _ticks(top)
   one = len(weights.steps) == 1
   values = [chart.plain(float(f'{t * weights.steps[0]:.3g}')) for t in ticks]
   crowded = 7.5 * max(map(len, values)) > across(ticks[1]) - across(ticks[0])

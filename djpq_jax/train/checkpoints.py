@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from djpq_jax import files
 from djpq_jax.train import state as state_lib
 
 FIELDS = ('step', 'params', 'rest', 'opt_state', 'control', 'bad_steps')
@@ -119,6 +120,7 @@ class Checkpoints:
 
     Raises:
       CheckpointError: the checkpoint is damaged, or of another model.
+      OSError: the disk or the network failed, which may pass.
     """
     with _written(self.folder):
       self._manager.wait_until_finished()
@@ -136,6 +138,8 @@ class Checkpoints:
       with _reads_end():
         found = self._manager.restore(step, args=args)
     except Exception as error:  # of many kinds, for what may be on a disk
+      if isinstance(error, OSError) and files.may_pass(error):
+        raise
       raise CheckpointError(
         f'the checkpoint {self.folder}/{step} cannot be read; if it is '
         f'damaged, {self._without(step)} '
@@ -194,6 +198,14 @@ def _is_committed(found: ocp.path.step.Metadata) -> bool:
   return there and found.commit_timestamp_nsecs is not None
 
 
+_LASTING = (
+  ('no space left', errno.ENOSPC),
+  ('quota', errno.EDQUOT),
+  ('permission', errno.EACCES),
+  ('read-only', errno.EROFS),
+)
+
+
 @contextlib.contextmanager
 def _written(folder):
   """Where orbax writes: what goes wrong, of many kinds, is an OSError."""
@@ -202,10 +214,10 @@ def _written(folder):
   except OSError:
     raise
   except Exception as error:
-    text = _said(error)
-    full = errno.ENOSPC if 'No space left' in text else errno.EIO
+    text = str(error).lower()  # in the middle of which TensorStore says why
+    number = next((n for said, n in _LASTING if said in text), errno.EIO)
     raise OSError(
-      full, f'a checkpoint cannot be written ({text})', str(folder)
+      number, f'a checkpoint cannot be written ({_said(error)})', str(folder)
     ) from error
 
 
