@@ -198,6 +198,7 @@ def text(name: str) -> str:
     'fields': fields,
     'ablations': lambda: ablations('ablations'),
     'ablations_bits': lambda: ablations('ablations_bits'),
+    'ablations_zero': lambda: ablations('ablations_zero'),
     'ablations_swish': lambda: ablations('ablations_swish'),
     'alignment': alignment,
     'reliability': reliability,
