@@ -34,13 +34,17 @@ def predict(
   def run(state, x):
     return nnx.merge(graphdef, state)(x).astype(jnp.float32)
 
-  if mesh is None:
-    run = jax.jit(run)
-  else:
-    state = parallel.replicate(state, mesh)
-    images = (parallel.spread(x, mesh) for x in images)
-    run = parallel.jit_function(run, mesh)
+  state, images = _placed(state, images, mesh)
+  run = parallel.jit_function(run, mesh) if mesh is not None else jax.jit(run)
   return np.concatenate([np.asarray(run(state, x)) for x in images])
+
+
+def _placed(state, batches: Iterable[Any], mesh: jax.sharding.Mesh | None):
+  """A state and batches as the devices of a mesh have them."""
+  if mesh is None:
+    return state, batches
+  placed = (parallel.spread(batch, mesh) for batch in batches)
+  return parallel.replicate(state, mesh), placed
 
 
 def predictions(
@@ -129,12 +133,8 @@ def estimate_statistics(
 
   if not jax.tree.leaves(state[0]):
     return model
-  if mesh is None:
-    one = jax.jit(one)
-  else:
-    state = parallel.replicate(state, mesh)
-    batches = (parallel.spread(x, mesh) for x in batches)
-    one = parallel.jit_whole(one, mesh)
+  state, batches = _placed(state, batches, mesh)
+  one = parallel.jit_whole(one, mesh) if mesh is not None else jax.jit(one)
   # One batch at a time: the next would wait in memory for this one.
   seen = [jax.tree.map(np.asarray, one(state, x)) for x in batches]
   if not seen:

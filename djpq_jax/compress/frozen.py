@@ -12,7 +12,7 @@ from djpq_jax.compress import clips
 from djpq_jax.compress import structure as structure_lib
 from djpq_jax.compress import wrapped
 
-MID_RISE_TO = 2  # bits
+MID_RISE_TO = 2  # bits; with more no training was tried
 SPARSE = 0.01  # share of zeros from which on they are there for a reason
 
 
@@ -87,11 +87,13 @@ def is_mid_rise(
     handed: what the layer multiplies by at each call: the kernel, or what a
       mask leaves of it.  Zeros that are there for a reason stay.
   """
-  if not settings.mid_rise or settings.narrow_range or settings.exponent:
+  if bits > MID_RISE_TO or not settings.mid_rise:
+    return False
+  if settings.narrow_range or settings.exponent:
     return False
   zero = np.asarray(held) == 0
   masked = any(np.any((np.asarray(k) == 0) & ~zero) for k in handed)
-  return bits <= MID_RISE_TO and not masked and bool(zero.mean() < SPARSE)
+  return not masked and bool(zero.mean() < SPARSE)
 
 
 def fold_gates(model: wrapped.Compressed):

@@ -312,10 +312,8 @@ def rules_of(config) -> list[compress.Rule]:
     if unknown or 'pattern' not in rule:
       what = f'has no field {unknown[0]!r}' if unknown else 'needs a pattern'
       raise ValueError(f'rule {rule} {what}; known: {", ".join(known)}')
-  if config.narrow_range:
-    rules.insert(0, {'pattern': '*', 'narrow_range': True})
-  if not config.asymmetric:
-    rules.insert(0, {'pattern': '*', 'asymmetric': False})
-  if not config.mid_rise:
-    rules.insert(0, {'pattern': '*', 'mid_rise': False})
+  usual = compress.LayerSettings()
+  for name in ('narrow_range', 'asymmetric', 'mid_rise'):
+    if config[name] != getattr(usual, name):  # for all layers, rules come later
+      rules.insert(0, {'pattern': '*', name: config[name]})
   return [compress.Rule(**rule) for rule in rules]

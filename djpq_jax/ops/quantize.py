@@ -17,8 +17,8 @@ both sides of zero, which is none of them::
 
     x_q = sign(x) * step * (floor(min(|x|, clip) / step) + 1/2)
 
-It is for few bits: of two, -1, 0 and 1 steps hold most values of a kernel, and
-the fourth level few; -3/2, -1/2, 1/2 and 3/2 steps hold nearly as many each.
+It is for few bits: of two, -2 to 1 steps have two levels below zero and one
+above it, and -3/2, -1/2, 1/2 and 3/2 steps two on either side.
 
 Straight-through derivatives, each times sign(x)::
 

@@ -68,7 +68,7 @@ def count(
   Args:
     integers: a kernel's levels, any shape.
     bits: of its grid, at least 2.
-    steps: the grid's step, a scalar or one for each output channel.
+    steps: what one level is worth, a scalar or one for each output channel.
     odd: whether the levels are the odd ones alone.
 
   Returns:
@@ -145,7 +145,7 @@ def draw(weights: Weights, name: str, key: str) -> chart.Chart:
         f'{100 * n / total:.2f} %',
       )
     )
-  ticks = [-3, -1, 1, 3] if weights.odd and top == 3 else _ticks(top)
+  ticks = _ticks(top, odd=weights.odd)
   one = len(weights.steps) == 1
   values = [chart.plain(float(f'{t * weights.steps[0]:.3g}')) for t in ticks]
   crowded = 7.5 * max(map(len, values)) > across(ticks[1]) - across(ticks[0])
@@ -199,10 +199,10 @@ def _levels(low: int, high: int, steps: Sequence[float]) -> str:
   return f'level {names}'
 
 
-def _ticks(top: int) -> list[int]:
+def _ticks(top: int, *, odd: bool) -> list[int]:
   """Round levels, symmetric about zero but for few of them."""
   if top <= 3:
-    return list(range(-top - 1, top + 1))
+    return list(range(-top if odd else -top - 1, top + 1, 1 + odd))
   step = round(chart.linear_ticks(0, top, 3 if top < 100 else 2)[1])
   half = list(range(step, top + 1, step))
   return [-t for t in reversed(half)] + [0] + half

@@ -198,11 +198,13 @@ def _is_committed(found: ocp.path.step.Metadata) -> bool:
   return there and found.commit_timestamp_nsecs is not None
 
 
+# As the system and TensorStore say it; shorter, it could be a folder's name.
 _LASTING = (
   ('no space left', errno.ENOSPC),
-  ('quota', errno.EDQUOT),
-  ('permission', errno.EACCES),
-  ('read-only', errno.EROFS),
+  ('quota exceeded', errno.EDQUOT),
+  ('permission denied', errno.EACCES),
+  ('permission_denied', errno.EACCES),
+  ('read-only file system', errno.EROFS),
 )
 
 
