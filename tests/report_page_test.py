@@ -404,3 +404,21 @@ def test_measured_speed():
     'of float32, 64 images at a time (float execution, cpu, 2 cores)' in found
   )
   assert '2,500 images/s, float32 2,000' in found
+
+
+def test_weights_without_a_level_at_zero_have_the_odd_ones():
+  weights = report_lib.count_weights(
+    [[-3, -1], [1, 3], [1, 1]], 2, 0.25, odd=True
+  )
+  assert weights.counts == (0, 1, 0, 1, 0, 3, 0, 1)
+  drawn = weight_chart.draw(weights, 'conv', 'key')
+  assert [text for _, text in drawn.x_ticks] == ['−3', '−1', '1', '3']
+  assert [text for _, text in drawn.x_notes] == [
+    *('−0.75', '−0.25'),
+    *('0.25', '0.75'),
+  ]
+  facts = dict(weight_chart.facts(weights))
+  assert facts['levels'] == '4 of 4 in use'
+  assert facts['step'] == '0.25'
+  with pytest.raises(ValueError, match='2 bits have 8 levels'):
+    report_lib.Weights(bits=2, counts=(0,) * 4, steps=(0.25,), odd=True)

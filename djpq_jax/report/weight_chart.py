@@ -100,7 +100,7 @@ def facts(weights: Weights) -> list[tuple[str, str]]:
   return [
     ('bits', f'{weights.bits}'),
     ('levels', f'{used:,} of {2**weights.bits:,} in use'),
-    ('step', _step([(1 + weights.odd) * step for step in weights.steps])),
+    ('step', _step(weights.steps)),
     ('weights', f'{weights.total:,}'),
     ('zeros', f'{zeros:,} ({100 * zeros / total:.1f} %)'),
   ]
