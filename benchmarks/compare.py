@@ -83,15 +83,20 @@ def contestants(base, budgets, shares=()):
   if twice:
     raise ValueError(f'two budgets or shares would have one name, {twice[0]}')
 
+  rules = [dict(rule) for rule in base.rules]
+
   def ruled(fields):
-    rules = [dict(rule) for rule in base.rules]
     return {'rules': [*rules, {'pattern': '*', **fields}]}
+
+  # What the experiment says of single layers still holds.
+  one_bit = {'rules': [{'pattern': '*', 'weight_bits': (1, 8)}, *rules]}
 
   # Trained on for as long, to tell what longer training alone brings.
   rows: dict[str, dict[str, Any]] = {'float': {'method': 'float'}, **CONTROLS}
   for name, control in CONTROLS.items():
     for variant in ('per channel', 'signed inputs', 'with a zero'):
       rows[f'{name} {variant}'] = control | ruled(RULES[variant])
+  rows['W1A2'] = {'method': 'uniform', 'uniform_bits': (1, 2), **one_bit}
   methods = {
     'DJPQ': {},
     'DJPQ rates x 10': _rates(base, 10.0),
@@ -103,11 +108,14 @@ def contestants(base, budgets, shares=()):
     'DJPQ-restrict': {'bit_choices': (2, 4, 8, 16, 32)},
     'two-stage': {'method': 'two_stage'},
   }
+  methods['DJPQ kernels of one bit'] = one_bit
+  methods['two-stage kernels of one bit'] = {'method': 'two_stage', **one_bit}
   for share in shares:
-    methods[f'two-stage {share:.0%} MACs'] = {
-      'method': 'two_stage',
-      'two_stage_macs': share,
-    }
+    two_stage = {'method': 'two_stage', 'two_stage_macs': share}
+    methods[f'two-stage {share:.0%} MACs'] = two_stage
+    methods[f'two-stage {share:.0%} MACs kernels of one bit'] = (
+      two_stage | one_bit
+    )
   for budget in budgets:
     for name, fields in methods.items():
       rows[f'{name} @{budget:.3%}'] = fields | {'budget': budget}

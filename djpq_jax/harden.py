@@ -124,16 +124,19 @@ def kernel_bits(integers, *, odd: bool = False) -> int:
 
   Args:
     integers: of any shape.
-    odd: whether all are; bits are then those of what they are twice of, and 1.
+    odd: whether all are; bits are then those of what they are twice of, and 1;
+      of -1 and 1 it is one.
 
-  >>> kernel_bits([-2, 1]), kernel_bits([-1, 2]), kernel_bits([-3, 3], odd=True)
-  (2, 3, 2)
+  >>> kernel_bits([-2, 1]), kernel_bits([-1, 2])
+  (2, 3)
+  >>> kernel_bits([-3, 3], odd=True), kernel_bits([-1, 1], odd=True)
+  (2, 1)
   """
   integers = np.asarray(integers, np.int64)
   if odd:
     integers = integers >> 1
   largest = int(max(integers.max(), -1 - integers.min()))
-  return max(2, bits_between(-1 - largest, largest))
+  return max(2 - odd, bits_between(-1 - largest, largest))
 
 
 def harden(model: compress.Compressed) -> HardenedModel:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from djpq_jax import allocate
 from djpq_jax import compress
@@ -210,6 +211,17 @@ def test_the_smallest_budget_is_reached_exactly():
   assert all(mask.sum() == 1 for mask in plan.open.values())
   assert set(plan.weight_bits.values()) == {2}
   assert sorted(plan.act_bits.values()) == [2, 2, 2, 2, 8]  # 8: the image
+
+
+def test_kernels_that_may_have_one_bit_reach_smaller_budgets():
+  rules = [compress.Rule(pattern='*', weight_bits=(1, 8), prune=False)]
+  net = tiny.compressed(tiny.Mlp, rules)
+  least = allocate.reachable(net)
+  plan = allocate.plan(net, least)
+  assert set(plan.weight_bits.values()) == {1}
+  assert allocate.relative_bops(net.structure, plan) == pytest.approx(least)
+  two = allocate.plan(net, 2 * least)
+  assert set(two.weight_bits.values()) <= {1, 2}
 
 
 @pytest.mark.parametrize('choices', [None, (4, 8)])

@@ -168,7 +168,7 @@ def test_size_is_that_of_the_files(saved):
   assert max(sizes) < 20_000
 
 
-@pytest.mark.parametrize('bits', [2, 3, 5, 8])
+@pytest.mark.parametrize('bits', [1, 2, 3, 5, 8])
 def test_integers_take_no_more_than_their_bits(bits, tmp_path):
   """Where all levels are equally frequent, which no code can shorten."""
 
@@ -178,7 +178,8 @@ def test_integers_take_no_more_than_their_bits(bits, tmp_path):
       self.hidden = nnx.Linear(16, 20_000, rngs=rngs)
       self.head = nnx.Linear(20_000, tiny.CLASSES, rngs=rngs)
 
-  net = tiny.compressed(Large)
+  rule = compress.Rule(pattern='*', weight_bits=(min(bits, 2), 8))
+  net = tiny.compressed(Large, [rule])
   plan = compress.Plan(
     open={},
     weight_bits=dict.fromkeys(('hidden', 'head'), bits),
@@ -192,7 +193,8 @@ def test_integers_take_no_more_than_their_bits(bits, tmp_path):
     kernel = hook.layer.kernel
     integers = rng.integers(-top, top + 1, kernel.shape)
     if hook.operands.weight.odd:
-      integers = 2 * rng.integers(-2, 2, kernel.shape) + 1
+      half = 2 ** (bits - 1)
+      integers = 2 * rng.integers(-half, half, kernel.shape) + 1
     kernel.set_value(jnp.asarray(integers, kernel.dtype))
     size += integers.size * bits / 8
   save(tmp_path / 'artifact', model)

@@ -253,7 +253,7 @@ def test_producers_of_one_group_agree_on_the_least_common_multiple():
 @pytest.mark.parametrize(
   ('settings', 'message'),
   [
-    (dict(weight_bits=(1, 8)), r"weight_bits .*'c\*'.*2 <= min <= max <= 16"),
+    (dict(weight_bits=(0, 8)), r"weight_bits .*'c\*'.*1 <= min <= max <= 16"),
     (dict(weight_bits=(4, 17)), 'weight_bits'),
     (dict(weight_bits=(6, 4)), r'got \(6, 4\)'),
     (dict(weight_bits=(4,)), 'weight_bits'),
@@ -975,6 +975,68 @@ def test_kernels_of_two_bits_have_no_level_at_zero(settings, bits, levels):
   np.testing.assert_array_equal(hardened(chain.x), frozen(chain.x))
   rows = harden.count(hardened, chain.x)
   assert {row.weight_bits for row in rows} == {bits}
+
+
+@standard_promotion
+@pytest.mark.parametrize('per_channel', [False, True])
+def test_kernels_of_one_bit_have_two_levels(per_channel):
+  chain = built('chain')
+  rule = compress.Rule(pattern='*', weight_bits=(1, 8), per_channel=per_channel)
+  net = chain.compress(rule)
+  assert all(o.weight.mid_rise for o in operands_of(net).values())
+  compress.regrid(net, 1.0, chain.x, kinds=['weight'])
+  for path, operands in operands_of(net).items():
+    assert float(operands.weight.bits()) == pytest.approx(1, abs=1e-5)
+    kernel = compress.layer_modules(net.model)[path].kernel[...]
+    assert len(np.unique(operands.weight(kernel))) == 2
+  plan = plan_for(net, {}, 4)
+  ones = dict.fromkeys(plan.weight_bits, 1)
+  frozen = compress.freeze(
+    net, dataclasses.replace(plan, weight_bits=ones), chain.x
+  )
+  hardened = harden.harden(frozen)
+  for _, module, operands in compress.hooks(hardened):
+    assert set(np.unique(module.kernel[...])) == {-1, 1}
+    assert operands.weight.odd
+  np.testing.assert_array_equal(hardened(chain.x), frozen(chain.x))
+  assert {row.weight_bits for row in harden.count(hardened, chain.x)} == {1}
+
+
+@pytest.mark.parametrize(
+  'settings',
+  [dict(mid_rise=False), dict(narrow_range=True), dict(exponent=True)],
+)
+def test_one_bit_has_no_level_at_zero(settings):
+  rule = compress.Rule(pattern='*', weight_bits=(1, 8), **settings)
+  with pytest.raises(
+    ValueError, match=r'conv1 cannot have weight_bits=\(1, 8\): of less than'
+  ):
+    built('chain').compress(rule)
+
+
+def test_one_bit_is_not_planned_where_no_rule_allows_it():
+  chain = built('chain')
+  net = chain.compress()
+  with pytest.raises(
+    ValueError, match=r'kernel of conv1 one bit.*allow one by .*\(1, 8\)'
+  ):
+    compress.freeze(net, plan_for(net, {}, 1), chain.x)
+
+
+@standard_promotion
+def test_a_masked_kernel_cannot_have_one_bit():
+  chain = built('chain')
+  mask = np.ones(chain.model.conv2.kernel.shape, np.float32)
+  mask[0, 0, 0, 0] = 0
+  model = nnx.clone(chain.model)
+  model.conv2.mask = nnx.data(jnp.asarray(mask))
+  rules = [compress.Rule(pattern='*', prune=False, weight_bits=(1, 8))]
+  with pytest.raises(
+    ValueError, match=r"kernel of conv2 .*pattern='conv2' and weight_bits=\(2"
+  ):
+    compress.compress(model, rules, chain.x)
+  rules.append(compress.Rule(pattern='conv2', weight_bits=(2, 8)))
+  compress.compress(model, rules, chain.x)
 
 
 @standard_promotion

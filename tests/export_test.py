@@ -95,9 +95,10 @@ KINDS = {
 
 
 @functools.cache
-def net_of(name):
+def net_of(name, least=2):
   """A compressed model with gates that are not 1."""
-  net = tiny.compressed(KINDS[name])
+  rule = compress.Rule(pattern='*', weight_bits=(least, 8))
+  net = tiny.compressed(KINDS[name], [rule])
   rng = np.random.default_rng(3)
   for gate in net.gates:
     gate.mu.set_value(jnp.asarray(rng.uniform(0.5, 1.5, gate.size), 'float32'))
@@ -107,11 +108,12 @@ def net_of(name):
 @functools.cache
 def build(name, bits=None):
   """A hardened model with cut channels."""
-  net = net_of(name)
+  net = net_of(name, 1 if bits == 1 else 2)
   plan = tiny.some_plan(net)
   if bits is not None:
-    every = dict.fromkeys(plan.weight_bits, bits)
-    plan = compress.Plan(open=plan.open, weight_bits=every, act_bits=every)
+    weights = dict.fromkeys(plan.weight_bits, bits)
+    inputs = dict.fromkeys(plan.act_bits, max(2, bits))  # some have a sign
+    plan = compress.Plan(open=plan.open, weight_bits=weights, act_bits=inputs)
   return harden.harden(compress.freeze(net, plan, tiny.batch(64)['image']))
 
 
@@ -131,14 +133,14 @@ def test_onnx_computes_what_the_model_does(name, form, tmp_path):
 
 @pytest.mark.parametrize('form', ['exact', 'integer'])
 @pytest.mark.parametrize('name', KINDS)
-@pytest.mark.parametrize('bits', [2, 4, 8])
+@pytest.mark.parametrize('bits', [1, 2, 4, 8])
 def test_all_bits_of_the_logits_are_the_models(bits, name, form, tmp_path):
   found = written(build(name, bits), tmp_path, form=form)
   assert found.deviation.largest == 0
 
 
 @pytest.mark.parametrize('name', ['flatten', 'depthwise', 'residual'])
-@pytest.mark.parametrize('bits', [2, 4])
+@pytest.mark.parametrize('bits', [1, 2, 4])
 def test_few_bits_are_exact_in_integers(bits, name, tmp_path):
   found = written(build(name, bits), tmp_path)
   assert found.deviation.largest == 0

@@ -306,7 +306,7 @@ def test_a_grid_that_is_not_narrow_has_all_levels(bits, fixed):
   assert float(q.bits()) == pytest.approx(bits)
 
 
-@pytest.mark.parametrize('bits', [2, 3])
+@pytest.mark.parametrize('bits', [1, 2, 3])
 def test_a_grid_with_no_level_at_zero(bits):
   q = _quantizer(1.5, bits, fixed=True, narrow_range=False, mid_rise=True)
   x = jnp.linspace(-9, 9, 1000)

@@ -422,3 +422,12 @@ def test_weights_without_a_level_at_zero_have_the_odd_ones():
   assert facts['step'] == '0.25'
   with pytest.raises(ValueError, match='2 bits have 8 levels'):
     report_lib.Weights(bits=2, counts=(0,) * 4, steps=(0.25,), odd=True)
+
+
+def test_weights_of_one_bit():
+  weights = report_lib.count_weights([[-1, 1], [1, 1]], 1, 0.25, odd=True)
+  assert weights.counts == (0, 1, 0, 3)
+  drawn = weight_chart.draw(weights, 'conv', 'key')
+  assert [text for _, text in drawn.x_ticks] == ['−1', '1']
+  assert [text for _, text in drawn.x_notes] == ['−0.25', '0.25']
+  assert dict(weight_chart.facts(weights))['levels'] == '2 of 2 in use'

@@ -16,7 +16,7 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
 
   Args:
     values: integers in [-2**(bits-1), 2**(bits-1)), any shape.
-    bits: 2 to 16; above 8 they follow each other bit by bit.
+    bits: 1 to 16; above 8 they follow each other bit by bit.
 
   Returns:
     uint8 [packed_bytes(values.size, bits)].

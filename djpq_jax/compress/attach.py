@@ -14,6 +14,7 @@ from djpq_jax.compress import wrapped
 
 CLIP_PERCENTILE = 99.99
 ONE_SIDED = 0.5  # reach below zero over reach above it
+SPARSE = 0.01  # share of zeros from which on they are there for a reason
 
 
 def compress(
@@ -76,6 +77,7 @@ def assemble(
       bounds=settings.weight_bits,
       learn_exponent=settings.exponent,
       narrow_range=settings.narrow_range,
+      mid_rise=settings.weight_bits[0] < 2,
     )
 
   def act(path):
@@ -178,10 +180,12 @@ def at_bits(
     tensors: values that it quantizes, of any shapes.
     clip: what to begin with, by default its own; see `clips.of_least_error`.
     fixed: whether the bits stay as they are.
-    mid_rise: whether its levels lie half a step beside whole steps.
+    mid_rise: whether its levels lie half a step beside whole steps, once they
+      are fixed; before, they do where they did.
   """
   if not fixed:
     bits = float(np.clip(bits, *quantizer.bounds))
+    mid_rise = quantizer.mid_rise
   _, found, exponent = quantizer.grid()
   clip = np.asarray(found if clip is None else clip)
 
@@ -228,6 +232,19 @@ def _check_kernel(path: str, held, handed) -> None:
         f'it uses, or leave it as it is by a rule with pattern={path!r}, '
         'quantize=False and prune=False'
       )
+
+
+def needs_zero(held, handed) -> bool:
+  """Whether a kernel has zeros that are there for a reason.
+
+  Args:
+    held: the kernel.
+    handed: what its layer multiplies by at each call: the kernel, or what a
+      mask leaves of it.
+  """
+  zero = np.asarray(held) == 0
+  masked = any(np.any((np.asarray(k) == 0) & ~zero) for k in handed)
+  return masked or bool(zero.mean() >= SPARSE)
 
 
 def _act_quantizer(
@@ -298,7 +315,14 @@ def calibrate(
   places = [layers.INPUTS, layers.KERNELS]
   inputs, kernels = wrapped.look(model, places, *args)
   for path, module, operands in quantized:
-    _check_kernel(path, module.kernel[...], kernels[path])
+    held = module.kernel[...]
+    _check_kernel(path, held, kernels[path])
+    if operands.weight.mid_rise and needs_zero(held, kernels[path]):
+      raise ValueError(
+        f'the kernel of {path} cannot have less than two bits, of which no '
+        'level is at zero, since it is masked or has many zeros: a rule with '
+        f'pattern={path!r} and weight_bits=(2, ...) gives it more'
+      )
     values = [np.asarray(v, np.float32) for v in inputs[path]]
     x = np.concatenate([v.ravel() for v in values])
     kept = percentile

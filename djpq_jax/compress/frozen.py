@@ -13,7 +13,6 @@ from djpq_jax.compress import structure as structure_lib
 from djpq_jax.compress import wrapped
 
 MID_RISE_TO = 2  # bits; with more no training was tried
-SPARSE = 0.01  # share of zeros from which on they are there for a reason
 
 
 def freeze(
@@ -61,7 +60,14 @@ def freeze(
     if structure.layers[path].per_channel:
       clip = clips.of_kernel(kernel, structure.graph.layers[path].out_axis)
     bits = plan.weight_bits[path]
-    mid_rise = is_mid_rise(structure.layers[path], bits, kernel, kernels[path])
+    if bits < 2 and not operands.weight.mid_rise:
+      raise ValueError(
+        f'the plan gives the kernel of {path} one bit, and its rule two or '
+        f'more: allow one by weight_bits=(1, {operands.weight.bounds[1]:g})'
+      )
+    mid_rise = bits < 2 or is_mid_rise(
+      structure.layers[path], bits, kernel, kernels[path]
+    )
     operands.weight = nnx.data(
       attach.at_bits(
         operands.weight, bits, [kernel], clip, fixed=True, mid_rise=mid_rise
@@ -84,16 +90,11 @@ def is_mid_rise(
     settings: of its layer.
     bits: that it gets.
     held: the kernel.
-    handed: what the layer multiplies by at each call: the kernel, or what a
-      mask leaves of it.  Zeros that are there for a reason stay.
+    handed: as that of `attach.needs_zero`.
   """
-  if bits > MID_RISE_TO or not settings.mid_rise:
+  if bits > MID_RISE_TO or not settings.may_lack_zero:
     return False
-  if settings.narrow_range or settings.exponent:
-    return False
-  zero = np.asarray(held) == 0
-  masked = any(np.any((np.asarray(k) == 0) & ~zero) for k in handed)
-  return not masked and bool(zero.mean() < SPARSE)
+  return not attach.needs_zero(held, handed)
 
 
 def fold_gates(model: wrapped.Compressed):

@@ -34,7 +34,8 @@ class Rule:
   Attributes:
     pattern: shell-style pattern of layer paths, as 'blocks/*/conv1' or '*'.
     quantize: False leaves the layer's operands in float32.
-    weight_bits: smallest and largest bits of the kernel, within [2, 16].
+    weight_bits: smallest and largest bits of the kernel, within [1, 16]; one
+      bit needs `mid_rise`.
     act_bits: smallest and largest bits of the input, within [1, 16].
     prune: whether the layer's output channels may be removed.  Default: yes,
       but not channels that a residual add ties to other layers.
@@ -54,7 +55,8 @@ class Rule:
     mid_rise: whether a kernel that gets two bits has its levels half a step
       beside whole steps, -3/2, -1/2, 1/2 and 3/2, in place of -2 to 1.
       Default: yes, but not where `narrow_range` or `exponent` is, nor where a
-      kernel is masked, or a hundredth of it is zero.
+      kernel is masked, or a hundredth of it is zero.  Where one bit is allowed
+      the grid has none at zero while bits are searched, either.
   """
 
   pattern: str
@@ -73,13 +75,9 @@ class Rule:
   def __post_init__(self):
     if not isinstance(self.pattern, str):
       raise ValueError(f'a pattern must be text, got {self.pattern!r}')
-    for name, low in (('weight_bits', 2), ('act_bits', 1)):
-      bits = getattr(self, name)
-      self._check(
-        name,
-        _are_bounds(bits, low),
-        f'(min, max) with {low} <= min <= max <= {MAX_BITS}',
-      )
+    for name in ('weight_bits', 'act_bits'):
+      right = _are_bounds(getattr(self, name))
+      self._check(name, right, f'(min, max) with 1 <= min <= max <= {MAX_BITS}')
     for name in ('align', 'min_channels'):
       value = getattr(self, name)
       whole = _is_a(numbers.Integral, value) and value >= 1
@@ -97,13 +95,13 @@ class Rule:
       )
 
 
-def _are_bounds(bits: Any, low: int) -> bool:
+def _are_bounds(bits: Any) -> bool:
   """Whether these are the smallest and the largest bits, both within range."""
   if not isinstance(bits, (tuple, list)) or len(bits) != 2:
     return False
   if not all(_is_a(numbers.Real, b) for b in bits):
     return False
-  return low <= bits[0] <= bits[1] <= MAX_BITS
+  return 1 <= bits[0] <= bits[1] <= MAX_BITS
 
 
 def _is_a(kind: type, value: Any) -> bool:
@@ -126,6 +124,11 @@ class LayerSettings:
   narrow_range: bool = False
   asymmetric: bool = True
   mid_rise: bool = True
+
+  @property
+  def may_lack_zero(self) -> bool:
+    """Whether a grid of the kernel may do without a level at zero."""
+    return self.mid_rise and not (self.narrow_range or self.exponent)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -233,6 +236,7 @@ def _settings(layer: graph_lib.MacLayer, rules) -> LayerSettings:
       del given['pattern']
       fields |= {k: v for k, v in given.items() if v is not None}
   settings = LayerSettings(**fields)
+  _check_least_bits(layer.path, settings)
   if layer.float_reason and settings.quantize:
     raise ValueError(
       f'{layer.path} cannot be quantized, since {layer.float_reason}; a rule '
@@ -240,6 +244,15 @@ def _settings(layer: graph_lib.MacLayer, rules) -> LayerSettings:
       'as it is'
     )
   return settings
+
+
+def _check_least_bits(path: str, settings: LayerSettings) -> None:
+  if settings.weight_bits[0] < 2 and not settings.may_lack_zero:
+    raise ValueError(
+      f'{path} cannot have weight_bits={settings.weight_bits}: of less than '
+      'two bits no level is at zero, and mid_rise=False, narrow_range=True or '
+      'exponent=True asks for one; take that back, or begin at two bits'
+    )
 
 
 def _group_settings(group, settings) -> GroupSettings:

@@ -18,7 +18,8 @@ both sides of zero, which is none of them::
     x_q = sign(x) * step * (floor(min(|x|, clip) / step) + 1/2)
 
 It is for few bits: of two, -2 to 1 steps have two levels below zero and one
-above it, and -3/2, -1/2, 1/2 and 3/2 steps two on either side.
+above it, and -3/2, -1/2, 1/2 and 3/2 steps two on either side.  One bit has no
+other grid: -1/2 and 1/2 steps.
 
 Straight-through derivatives, each times sign(x)::
 
@@ -55,6 +56,7 @@ class _Sides(NamedTuple):
   narrow: bool
   below: float | None = None
   mid_rise: bool = False
+  binary: bool = False
 
 
 def quantize(
@@ -150,10 +152,17 @@ def quantize_lsq(
 
       d x_q / d clip = (x_q - x) / clip   inside, x_q / clip   outside
 
+  Of one bit, with `mid_rise`, the clip is the level: ``sign(x) clip``, where
+  zero counts as positive [the scaled sign of XNOR-Net, Rastegari et al. 2016].
+  Much of x lies beyond its level then, and is no exception to be held back, so
+  the derivatives are the same everywhere [our choice]::
+
+      d x_q / d clip = sign(x),   d x_q / d x = 1
+
   Args:
     x: floating array of any shape.
     clip: largest magnitude kept, > 0, in units of x; broadcasts to x.
-    bits: a Python number, > 1 if signed and > 0 if not.
+    bits: a Python number, > 1 if signed and > 0 if not or with `mid_rise`.
     signed: whether negative values have levels; static.
     narrow_range: whether a signed grid has as many levels below zero as above,
       or all ``2 ** bits``; static.
@@ -174,6 +183,8 @@ def quantize_lsq(
   Array([-1. ,  0.5], dtype=float32)
   >>> quantize_lsq(jnp.array([-9.0, 9.0]), 1.0, 2, below=1 / 2)
   Array([-0.5,  1. ], dtype=float32)
+  >>> quantize_lsq(jnp.array([-9.0, 0.1, 9.0]), 0.5, 1, mid_rise=True)
+  Array([-0.5,  0.5,  0.5], dtype=float32)
   """
   step = clip / levels_above(
     bits, signed=signed, below=below, mid_rise=mid_rise
@@ -182,6 +193,7 @@ def quantize_lsq(
     x, unit=_unit(clip), step_size=step, clip=clip
   )
   sides = _sides(signed, narrow_range, below=below, mid_rise=mid_rise)
+  sides = sides._replace(binary=mid_rise and bits == 1)
   return _lsq(x, unit, step, clip, sides)
 
 
@@ -298,7 +310,8 @@ def step_for_bits(
   `levels_above`.
 
   Args:
-    bits: bits, > 1 if signed and > 0 if not; real-valued or whole.
+    bits: bits, > 1 if signed and > 0 if not or with `mid_rise`; real-valued or
+      whole.
     clip: largest magnitude kept, > floor, in units of x.
     exponent: power t that warps magnitudes, > 0.
     signed: whether one bit is a sign; static.
@@ -329,7 +342,8 @@ def levels_above(bits, *, signed=True, below=None, mid_rise=False):
   / 2.
 
   Args:
-    bits: bits, > 1 if signed and > 0 if not; a number or an array.
+    bits: bits, > 1 if signed and > 0 if not or with `mid_rise`; a number or an
+      array.
     signed: whether one bit is a sign.
     below: as in `quantize`.
     mid_rise: as in `quantize`.
@@ -462,6 +476,8 @@ def _lsq_fwd(x, unit, step, clip, sides):
 def _lsq_bwd(sides, residuals, g):
   x, x_q, step, clip = residuals
   x_q = _wide(x_q, x, step, clip, None, 0, sides)
+  if sides.binary:
+    return g, g.astype(step.dtype) * x_q, None, None
   size, sign = _size_and_sign(x.astype(step.dtype), sides)
   inside = _inside(x, size > _edge(x, step, clip, sides), sides)
   d_x = jnp.where(inside, g, jnp.zeros_like(g))

@@ -17,8 +17,8 @@ class Weights:
   """The integers of one layer's kernel, counted by level.
 
   Args:
-    bits: of the grid, at least 2; its levels go from -2**(bits-1) to
-      2**(bits-1)-1, the lowest of which not all grids have.
+    bits: of the grid, at least 2, or 1 if `odd`; its levels go from
+      -2**(bits-1) to 2**(bits-1)-1, the lowest of which not all grids have.
     counts: how many weights each level has, lowest level first, [2**bits].
     steps: what one level is worth, > 0: one number for the layer, or one for
       each output channel.
@@ -67,7 +67,7 @@ def count(
 
   Args:
     integers: a kernel's levels, any shape.
-    bits: of its grid, at least 2.
+    bits: of its grid, at least 2, or 1 if `odd`.
     steps: what one level is worth, a scalar or one for each output channel.
     odd: whether the levels are the odd ones alone.
 

@@ -502,7 +502,7 @@ def test_a_grid_with_any_number_of_levels_below_zero(bits, count, dtype):
   np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
-@pytest.mark.parametrize('bits', [2, 3, 4, 7])
+@pytest.mark.parametrize('bits', [1, 2, 3, 4, 7])
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_a_mid_rise_grid_has_all_levels_and_none_at_zero(bits, dtype):
   clip = jnp.float32(1.37)
@@ -564,6 +564,36 @@ def test_gradients_of_a_mid_rise_grid_equal_the_oracle(fixed):
     jax.grad(oracle, argnums=numbers)(*args),
   ):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('per_channel', [False, True])
+def test_of_one_bit_all_values_and_the_level_learn(per_channel, dtype):
+  """However far values are from their level."""
+  clip = jnp.asarray([1.0, 0.5, 2.0, 1.0, 1.5]) if per_channel else 0.75
+  clip = jnp.asarray(clip, jnp.float32)
+  x = (4 * _random((64, 5))).astype(dtype)
+  weight = _random(x.shape, seed=1)
+
+  def got(x, clip):
+    out = quantize.quantize_lsq(x, clip, 1, mid_rise=True)
+    assert out.dtype == dtype
+    return jnp.sum(weight * out.astype(jnp.float32))
+
+  def oracle(x, clip):
+    stop = jax.lax.stop_gradient
+    x = x.astype(jnp.float32)
+    level = jnp.broadcast_to(clip, x.shape) * jnp.where(x < 0, -1, 1)
+    out = level + x - stop(x)
+    return jnp.sum(weight * out.astype(dtype).astype(jnp.float32))
+
+  for a, b in zip(
+    jax.grad(got, (0, 1))(x, clip), jax.grad(oracle, (0, 1))(x, clip)
+  ):
+    assert a.dtype == b.dtype
+    np.testing.assert_allclose(
+      np.float32(a), np.float32(b), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
