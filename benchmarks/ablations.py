@@ -21,7 +21,7 @@ from djpq_jax import optim
 from djpq_jax import train
 from djpq_jax.compress import structure as structure_lib
 from djpq_jax.experiment import phases
-from djpq_jax.ops import quantize
+from djpq_jax.ops import grid
 from djpq_jax.train import step as step_lib
 
 DAMPING = 1e-4  # per weight, of its squared distance from the grid, in steps
@@ -35,9 +35,9 @@ def _bits_held(held: int):
   def bits(self, *, restricted: bool = True):
     if self.fixed_bits is not None:
       return self.fixed_bits
-    grid = list(self.grid(restricted=restricted))
-    grid[held] = jax.lax.stop_gradient(grid[held])
-    return jnp.max(quantize.bit_width(*grid, **self.extent))
+    parts = list(self.grid(restricted=restricted))
+    parts[held] = jax.lax.stop_gradient(parts[held])
+    return jnp.max(grid.bit_width(*parts, **self.extent))
 
   return bits
 

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
   from djpq_jax.ops.gate import is_open as is_open
   from djpq_jax.ops.gate import keep_prob as keep_prob
   from djpq_jax.ops.gate import sample_gate as sample_gate
-  from djpq_jax.ops.quantize import bit_width as bit_width
+  from djpq_jax.ops.grid import bit_width as bit_width
+  from djpq_jax.ops.grid import step_for_bits as step_for_bits
   from djpq_jax.ops.quantize import quantize as quantize
   from djpq_jax.ops.quantize import quantize_to_int as quantize_to_int
-  from djpq_jax.ops.quantize import step_for_bits as step_for_bits
 
 __version__ = '0.1.0'
 
@@ -40,7 +40,8 @@ _HOMES = {
   'graph': 'slice_channels trace',
   'harden': 'HardenedModel',
   'ops.gate': 'gate_kl is_open keep_prob sample_gate',
-  'ops.quantize': 'bit_width quantize quantize_to_int step_for_bits',
+  'ops.grid': 'bit_width step_for_bits',
+  'ops.quantize': 'quantize quantize_to_int',
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from djpq_jax.ops import grid
 from djpq_jax.ops import quantize
 
 EXPONENT_RANGE = (0.5, 2.0)
@@ -124,7 +125,7 @@ class Quantizer(nnx.Module):
       t = jnp.asarray(exponent, jnp.float32)
       self.log_exponent = QuantParam(jnp.log(t))
     if not fixed:
-      step = quantize.step_for_bits(float(bits), clip, t, **self.extent)
+      step = grid.step_for_bits(float(bits), clip, t, **self.extent)
       self.log_step = QuantParam(jnp.log(step))
 
   def grid(self, *, restricted: bool = True):
@@ -149,9 +150,7 @@ class Quantizer(nnx.Module):
     low, high = (log_range - np.log(self._above(b)) for b in self.bounds[::-1])
     log_step = bounded(self.log_step[...], low, high)
     if self.choices and restricted:
-      bits = quantize.bit_width(
-        jnp.exp(log_step), clip, exponent, **self.extent
-      )
+      bits = grid.bit_width(jnp.exp(log_step), clip, exponent, **self.extent)
       allowed = log_range - jnp.log(self._nearest_levels(bits))
       log_step += jax.lax.stop_gradient(allowed - log_step)
     return jnp.exp(log_step), clip, exponent
@@ -196,7 +195,7 @@ class Quantizer(nnx.Module):
     return jnp.asarray(levels)[jnp.searchsorted(edges, bits)]
 
   def _above(self, bits: float) -> float:
-    return quantize.levels_above(bits, **self.extent)
+    return grid.levels_above(bits, **self.extent)
 
   def bits(self, *, restricted: bool = True):
     """Bits of the grid: differentiable, or a whole float if fixed."""
@@ -204,7 +203,7 @@ class Quantizer(nnx.Module):
       return self.fixed_bits
     step, clip, exponent = self.grid(restricted=restricted)
     # One grid per channel shares one width: that of its widest channel.
-    return jnp.max(quantize.bit_width(step, clip, exponent, **self.extent))
+    return jnp.max(grid.bit_width(step, clip, exponent, **self.extent))
 
   def __call__(self, x):
     """Quantizes `x`, of any shape; the result has its shape and dtype."""

@@ -48,6 +48,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from djpq_jax.ops import grid
+from djpq_jax.ops import powers
+
 
 class _Sides(NamedTuple):
   """What a grid has below zero and at it; static."""
@@ -186,7 +189,7 @@ def quantize_lsq(
   >>> quantize_lsq(jnp.array([-9.0, 0.1, 9.0]), 0.5, 1, mid_rise=True)
   Array([-0.5,  0.5,  0.5], dtype=float32)
   """
-  step = clip / levels_above(
+  step = clip / grid.levels_above(
     bits, signed=signed, below=below, mid_rise=mid_rise
   )
   x, unit, step, clip = _operands(
@@ -246,143 +249,23 @@ def quantize_to_int(
   return jax.lax.stop_gradient(level).astype(jnp.int32)
 
 
-def bit_width(
-  step_size,
-  clip,
-  exponent=1.0,
-  *,
-  signed=True,
-  floor=0.0,
-  below=None,
-  mid_rise=False,
-):
-  """Bits that the grid needs, 1[signed] + log2(1 + (clip-floor)**t / step).
-
-  With `below`, all levels count: log2(1 + (1 + below) (clip-floor) / step);
-  with `mid_rise`, likewise, with as much below zero as above it.
-
-  The logarithm without its ceil: real-valued bits train, whole bits are for
-  the report [ceil: `quant_layers.py` of microsoft/geta; without: our choice].
-  `ceil(bit_width(...))` bits hold all levels of `quantize_to_int`, up to
-  float32 rounding, and also the level more of ``narrow_range=False``.
-
-  Args:
-    step_size: spacing of the grid in units of u, > 0.
-    clip: largest magnitude kept, > floor, in units of x.
-    exponent: power t that warps magnitudes, > 0.
-    signed: whether one bit is a sign; static.
-    floor: fixed lower edge, >= 0, in units of x, without gradient.
-    below: as in `quantize`.
-    mid_rise: as in `quantize`.
-
-  Returns:
-    Bits, float32 array of the arguments' common shape; differentiable.
-
-  Raises:
-    ValueError: the arguments do not broadcast with each other.
-
-  >>> round(float(bit_width(1 / 7, 1.0)), 3)
-  4.0
-  >>> round(float(bit_width(1 / 15, 1.0, signed=False)), 3)
-  4.0
-  """
-  step, span = _span(step_size, clip, exponent, floor)
-  below = _spread_below(signed, below, mid_rise)
-  if below is not None:
-    return jnp.log2(1 + (1 + below) * span * (1 / step))
-  return int(signed) + jnp.log2(1 + span * (1 / step))
-
-
-def step_for_bits(
-  bits,
-  clip,
-  exponent=1.0,
-  *,
-  signed=True,
-  floor=0.0,
-  below=None,
-  mid_rise=False,
-):
-  """Step whose grid has `bits` bits, the inverse of `bit_width`.
-
-  step = (clip - floor) ** t / (2 ** (bits - 1[signed]) - 1)
-  [`quant_layers.py` of microsoft/geta]; with `below` and `mid_rise`, see
-  `levels_above`.
-
-  Args:
-    bits: bits, > 1 if signed and > 0 if not or with `mid_rise`; real-valued or
-      whole.
-    clip: largest magnitude kept, > floor, in units of x.
-    exponent: power t that warps magnitudes, > 0.
-    signed: whether one bit is a sign; static.
-    floor: fixed lower edge, >= 0, in units of x, without gradient.
-    below: as in `quantize`.
-    mid_rise: as in `quantize`.
-
-  Returns:
-    Step, float32 array of the arguments' common shape; differentiable.
-
-  Raises:
-    ValueError: the arguments do not broadcast with each other.
-
-  >>> round(float(1 / step_for_bits(4.0, 1.0)), 3)
-  7.0
-  """
-  bits, span = _span(bits, clip, exponent, floor)
-  return span / levels_above(
-    bits, signed=signed, below=below, mid_rise=mid_rise
-  )
-
-
-def levels_above(bits, *, signed=True, below=None, mid_rise=False):
-  """Levels above zero of a grid of `bits` bits, the clip in steps.
-
-  2 ** (bits - 1[signed]) - 1; with `below`, its share of all but zero,
-  (2 ** bits - 1) / (1 + below); with `mid_rise`, half of that, (2 ** bits - 1)
-  / 2.
-
-  Args:
-    bits: bits, > 1 if signed and > 0 if not or with `mid_rise`; a number or an
-      array.
-    signed: whether one bit is a sign.
-    below: as in `quantize`.
-    mid_rise: as in `quantize`.
-
-  Returns:
-    A float for a Python number, else an array; differentiable.
-
-  >>> levels_above(4), levels_above(4, signed=False), levels_above(2, below=0.5)
-  (7.0, 15.0, 2.0)
-  """
-  power = (lambda n: 2.0**n) if isinstance(bits, int | float) else jnp.exp2
-  below = _spread_below(signed, below, mid_rise)
-  if below is not None:
-    return (power(bits) - 1) / (1 + below)
-  return power(bits - int(signed)) - 1
-
-
-def _spread_below(signed, below, mid_rise):
-  """How far a signed grid spreads its bits below zero, over above it."""
-  if mid_rise:
-    return 1.0
-  return below if signed else None
-
-
 def _sides(
   signed, narrow_range, exponent=1.0, below=None, mid_rise=False, floor=0.0
 ):
   if mid_rise:
-    plain = _is_one(exponent) and isinstance(floor, int | float) and not floor
+    plain = (
+      powers.is_one(exponent) and isinstance(floor, int | float) and not floor
+    )
     if not (signed and plain and below is None):
       raise ValueError(
         'mid_rise is for signed grids without exponent, floor and below'
       )
     return _Sides(True, True, None, True)
-  if not narrow_range and not _is_one(exponent):
+  if not narrow_range and not powers.is_one(exponent):
     raise ValueError('narrow_range=False is for grids with exponent 1.0 only')
   if below is None or not signed:
     return _Sides(bool(signed), bool(narrow_range or not signed))
-  if not _is_one(exponent):
+  if not powers.is_one(exponent):
     raise ValueError('below is for grids with exponent 1.0 only')
   if not 0 <= below < math.inf:
     raise ValueError(f'below must be a number from 0 on, got {below}')
@@ -395,7 +278,7 @@ def _unit(parameter):
   What is summed over a tensor is then free of the parameter itself, which
   some compilers would spread over the tensor first.
   """
-  parameter = jnp.asarray(parameter, _compute_dtype(parameter))
+  parameter = jnp.asarray(parameter, powers.compute_dtype(parameter))
   return parameter / jax.lax.stop_gradient(parameter)
 
 
@@ -506,13 +389,13 @@ def _warped_bwd(sides, residuals, g):
   x_q = _wide(x_q, x, step, clip, exponent, floor, sides)
   size, sign = _size_and_sign(x.astype(step.dtype), sides)
   magnitude = _magnitude(size, clip, floor)
-  u = _power(magnitude, exponent)
+  u = powers.power(magnitude, exponent)
   above = size > clip
   span = clip - floor
   d_x = jnp.where(_inside(x, above, sides), g, jnp.zeros_like(g))
   g = g.astype(step.dtype) * sign
   d_unit = g * _moved(x_q, u)
-  d_clip = jnp.where(above, g * exponent * _power(span, exponent - 1), 0)
+  d_clip = jnp.where(above, g * exponent * powers.power(span, exponent - 1), 0)
   d_exponent = g * u * jnp.log(jnp.where(magnitude == 0, 1, magnitude))
   return d_x, d_unit, None, d_clip, d_exponent, None
 
@@ -524,7 +407,7 @@ def _level(x, step, clip, exponent, floor, sides):
   """Signed whole level of each x, still floating."""
   size, sign = _size_and_sign(x.astype(step.dtype), sides)
   edge = _edge(x, step, clip, sides)
-  u = _power(_magnitude(size, edge, floor), exponent)
+  u = powers.power(_magnitude(size, edge, floor), exponent)
   # Not u / step: XLA turns that into this product under jit on CPU but not
   # outside of it, and then the last bit, so the integer at a tie, would differ.
   steps = u * (1 / step)
@@ -558,32 +441,6 @@ def _inside(x, above, sides):
   return ~above if sides.signed else ~above & (x >= 0)
 
 
-def _power(base, exponent):
-  """Raises base >= 0 to the exponent, 0 at 0 with finite derivatives.
-
-  None is exponent 1.  NaN stays NaN.
-  """
-  if exponent is None:
-    return base
-  zero = base <= 0
-  return jnp.where(zero, 0, jnp.power(jnp.where(zero, 1, base), exponent))
-
-
-def _span(other, clip, exponent, floor):
-  """The other argument, and (clip - floor) ** exponent, of one shape."""
-  arrays = [other, clip, floor, *([] if _is_one(exponent) else [exponent])]
-  dtype = _compute_dtype(*arrays)
-  arrays = [jnp.asarray(a, dtype) for a in arrays]
-  shapes = [a.shape for a in arrays]
-  try:
-    shape = jnp.broadcast_shapes(*shapes)
-  except ValueError as error:
-    raise ValueError(f'shapes do not broadcast: {shapes}') from error
-  other, clip, floor, *rest = [jnp.broadcast_to(a, shape) for a in arrays]
-  span = clip - jax.lax.stop_gradient(floor)
-  return other, _power(span, rest[0] if rest else None)
-
-
 def _operands(x, **params):
   """Broadcasts the parameters to x, in the compute dtype.
 
@@ -594,8 +451,8 @@ def _operands(x, **params):
   x = jnp.asarray(x)
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise TypeError(f'x must be floating, not {x.dtype}')
-  dtype = _compute_dtype(x)
-  if _is_one(params.get('exponent')):
+  dtype = powers.compute_dtype(x)
+  if powers.is_one(params.get('exponent')):
     params['exponent'] = None
   arrays = {
     k: None if v is None else jnp.asarray(v, dtype) for k, v in params.items()
@@ -618,13 +475,3 @@ def _spread(name, array, zero):
       f'{name} of shape {array.shape} does not broadcast to x of shape'
       f' {zero.shape}'
     ) from error
-
-
-def _is_one(exponent):
-  """Whether the exponent is the Python number 1, so no power is needed."""
-  return isinstance(exponent, (int, float)) and exponent == 1
-
-
-def _compute_dtype(*arrays):
-  wide = any(isinstance(a, jax.Array) and a.dtype == 'float64' for a in arrays)
-  return jnp.float64 if wide else jnp.float32

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from djpq_jax.ops import grid
 from djpq_jax.ops import quantize
 
 P = jax.sharding.PartitionSpec
@@ -427,7 +428,7 @@ def test_levels_fit_their_bits(floor, exponent, signed):
   kwargs = dict(signed=signed, floor=floor)
   clip = jnp.float32(1.37)
   bits = jnp.asarray([[2], [3], [4], [8]])
-  step = quantize.step_for_bits(bits, clip, exponent, **kwargs)
+  step = grid.step_for_bits(bits, clip, exponent, **kwargs)
   x = jnp.broadcast_to(jnp.linspace(-2.0, 2.0, 20_001), (4, 20_001))
   level = np.asarray(
     quantize.quantize_to_int(x, step, clip, exponent, **kwargs)
@@ -443,12 +444,12 @@ def test_levels_fit_their_bits(floor, exponent, signed):
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_a_grid_that_is_not_narrow_has_all_levels(bits, dtype):
   clip = jnp.float32(1.37)
-  step = quantize.step_for_bits(float(bits), clip)
+  step = grid.step_for_bits(float(bits), clip)
   x = jnp.linspace(-4.0, 4.0, 20_001).astype(dtype)
   level = quantize.quantize_to_int(x, step, clip, narrow_range=False)
   want = np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
   np.testing.assert_array_equal(np.unique(level), want)
-  assert quantize.bit_width(step, clip) == pytest.approx(bits)
+  assert grid.bit_width(step, clip) == pytest.approx(bits)
   out = (step * level.astype(jnp.float32)).astype(dtype)
   for f in (
     lambda x: quantize.quantize(x, step, clip, narrow_range=False),
@@ -481,11 +482,11 @@ def test_a_grid_with_any_number_of_levels_below_zero(bits, count, dtype):
   top = 2**bits - 1 - count
   sides: Any = dict(below=count / top)
   clip = jnp.float32(1.37)
-  step = clip / quantize.levels_above(bits, **sides)
+  step = clip / grid.levels_above(bits, **sides)
   assert float(clip / step) == pytest.approx(top)
-  other = quantize.step_for_bits(float(bits), clip, **sides)
+  other = grid.step_for_bits(float(bits), clip, **sides)
   assert float(other) == pytest.approx(float(step))
-  assert quantize.bit_width(step, clip, **sides) == pytest.approx(bits)
+  assert grid.bit_width(step, clip, **sides) == pytest.approx(bits)
   x = jnp.linspace(-4.0, 4.0, 20_001).astype(dtype)
   level = quantize.quantize_to_int(x, step, clip, **sides)
   np.testing.assert_array_equal(np.unique(level), np.arange(-count, top + 1))
@@ -506,10 +507,10 @@ def test_a_grid_with_any_number_of_levels_below_zero(bits, count, dtype):
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_a_mid_rise_grid_has_all_levels_and_none_at_zero(bits, dtype):
   clip = jnp.float32(1.37)
-  step = quantize.step_for_bits(float(bits), clip, mid_rise=True)
-  top = quantize.levels_above(bits, mid_rise=True)
+  step = grid.step_for_bits(float(bits), clip, mid_rise=True)
+  top = grid.levels_above(bits, mid_rise=True)
   assert float(clip / step) == pytest.approx(top) == (2**bits - 1) / 2
-  bits_again = quantize.bit_width(step, clip, mid_rise=True)
+  bits_again = grid.bit_width(step, clip, mid_rise=True)
   assert bits_again == pytest.approx(bits)
   x = jnp.linspace(-4.0, 4.0, 20_001).astype(dtype)
   level = quantize.quantize_to_int(x, step, clip, mid_rise=True)
@@ -616,7 +617,7 @@ def test_nothing_is_below_zero_unsigned():
   got = quantize.quantize(x, 0.25, 1.0, signed=False, below=0.5)
   want = quantize.quantize(x, 0.25, 1.0, signed=False)
   np.testing.assert_array_equal(got, want)
-  for f in (quantize.bit_width, quantize.step_for_bits):
+  for f in (grid.bit_width, grid.step_for_bits):
     got = f(0.5, 1.0, signed=False, below=0.5)
     assert float(got) == float(f(0.5, 1.0, signed=False))
 
@@ -647,7 +648,7 @@ def test_ceil_of_the_bit_width_holds_the_integers(exponent, signed):
   level = quantize.quantize_to_int(
     jnp.full_like(step, 9.0), step, 1.37, exponent, signed=signed
   )
-  bits = quantize.bit_width(step, 1.37, exponent, signed=signed)
+  bits = grid.bit_width(step, 1.37, exponent, signed=signed)
   assert np.all(np.asarray(level) <= 2 ** (np.ceil(bits) - signed) - 1)
 
 
@@ -685,8 +686,8 @@ def test_bit_width_inverts_step_for_bits(exponent, floor, signed):
   exponent = _exponent(exponent)
   kwargs = dict(signed=signed, floor=floor)
   bits = jnp.asarray([1.5, 2.0, 3.3, 4.0, 8.0, 12.0, 16.0])
-  step = quantize.step_for_bits(bits, 0.93, exponent, **kwargs)
-  back = quantize.bit_width(step, 0.93, exponent, **kwargs)
+  step = grid.step_for_bits(bits, 0.93, exponent, **kwargs)
+  back = grid.bit_width(step, 0.93, exponent, **kwargs)
   assert back.dtype == jnp.float32
   np.testing.assert_allclose(back, bits, rtol=1e-6)
 
@@ -696,11 +697,11 @@ def test_bit_width_gradients_in_closed_form():
   r = q**t / d
   c = 1 / ((r + 1) * np.log(2))
   want = [-c * r / d, c * t * r / q, c * r * np.log(q)]
-  got = jax.grad(quantize.bit_width, (0, 1, 2))(d, q, t)
+  got = jax.grad(grid.bit_width, (0, 1, 2))(d, q, t)
   np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
-@pytest.mark.parametrize('f', [quantize.bit_width, quantize.step_for_bits])
+@pytest.mark.parametrize('f', [grid.bit_width, grid.step_for_bits])
 @pytest.mark.parametrize('exponent', EXPONENTS)
 def test_bits_and_steps_have_finite_gradients(exponent, f):
   exponent = _exponent(exponent)
@@ -713,7 +714,7 @@ def test_bits_and_steps_have_finite_gradients(exponent, f):
 
 def test_bit_width_broadcasts_and_takes_low_precision():
   step = jnp.asarray([0.1, 0.2], jnp.bfloat16)
-  bits = quantize.bit_width(step, jnp.ones((3, 1), jnp.bfloat16))
+  bits = grid.bit_width(step, jnp.ones((3, 1), jnp.bfloat16))
   assert bits.shape == (3, 2)
   assert bits.dtype == jnp.float32
 
@@ -723,7 +724,7 @@ def test_the_floor_gets_no_gradient():
     return quantize.quantize(0.7, 0.1, 1.0, 1.2, floor=floor)
 
   def bits(floor):
-    return quantize.bit_width(0.1, 1.0, 1.2, floor=floor)
+    return grid.bit_width(0.1, 1.0, 1.2, floor=floor)
 
   assert float(jax.grad(value)(0.1)) == 0.0
   assert float(jax.grad(bits)(0.1)) == 0.0
@@ -736,7 +737,7 @@ def test_what_does_not_broadcast_raises_with_shapes():
   with pytest.raises(ValueError, match=r'step_size of shape \(4, 2, 3\)'):
     quantize.quantize_to_int(x, jnp.ones((4, 2, 3)), 1.0)
   with pytest.raises(ValueError, match=r'\(2,\), \(3,\)'):
-    quantize.bit_width(jnp.ones(2), jnp.ones(3))
+    grid.bit_width(jnp.ones(2), jnp.ones(3))
   with pytest.raises(TypeError, match='int32'):
     quantize.quantize(jnp.arange(3), 0.1, 1.0)
 
@@ -746,6 +747,6 @@ def test_float64_is_computed_in_float64():
     x = jnp.asarray([0.3, 1.7], jnp.float64)
     step = jnp.float64(0.1)
     out = quantize.quantize(x, step, 1.0, jnp.float64(1.1))
-    bits = quantize.bit_width(step, 1.0)
+    bits = grid.bit_width(step, 1.0)
     assert out.dtype == bits.dtype == jnp.float64
     np.testing.assert_allclose(out, _values(x, 0.1, 1.0, 1.1, True, 0.0))
