@@ -8,6 +8,7 @@ channels that a search has kept, and its weights.
 """
 
 import dataclasses
+import functools
 import itertools
 
 from flax import nnx
@@ -59,45 +60,50 @@ def divergences(
     tensors['weight', path] = [module.kernel[...]]
     tensors['act', path] = inputs[path]
     for kind in KINDS:
-      # Of learned bits, so that all bits are one compiled program.
-      old = getattr(operands, kind)
-      grid = layers.Quantizer(
-        jnp.exp(old.log_clip[...]),
-        FINE,
-        signed=old.signed,
-        bounds=(1 + old.signed, 16),
-        narrow_range=old.narrow_range,
-        below=old.below,
-      )
+      grid = _fine(getattr(operands, kind))
       grids[kind, path] = operands, grid
       setattr(operands, kind, nnx.data(grid))
 
-  @jax.jit
-  def log_probabilities(state):
+  @functools.partial(jax.jit, static_argnums=0)
+  def log_probabilities(graphdef, state):
     return jax.nn.log_softmax(nnx.merge(graphdef, state)(images))
 
-  graphdef, state = nnx.split(net)
-  reference = log_probabilities(state)
+  reference = log_probabilities(*nnx.split(net))
   found: dict[tuple[str, str], dict[int, float]] = {}
   for (kind, path), (operands, grid) in grids.items():
     found[kind, path] = {}
     low, high = bounds[kind, path]
     for bits in range(low, high + 1):
-      mid_rise = kind == 'weight' and frozen.is_mid_rise(
-        net.structure.layers[path],
-        bits,
-        tensors[kind, path][0],
-        kernels[path],
+      mid_rise = kind == 'weight' and (
+        bits < 2
+        or frozen.is_mid_rise(
+          net.structure.layers[path],
+          bits,
+          tensors[kind, path][0],
+          kernels[path],
+        )
       )
-      moved = attach.at_bits(
-        grid, float(bits), tensors[kind, path], mid_rise=mid_rise
-      )
+      tried = _fine(grid, mid_rise=True) if mid_rise else grid
+      moved = attach.at_bits(tried, float(bits), tensors[kind, path])
       setattr(operands, kind, nnx.data(moved))
-      logits = log_probabilities(nnx.split(net)[1])
+      logits = log_probabilities(*nnx.split(net))
       apart = jnp.sum(jnp.exp(reference) * (reference - logits), axis=-1)
       found[kind, path][bits] = float(jnp.mean(apart))
     setattr(operands, kind, nnx.data(grid))
   return found
+
+
+def _fine(old: layers.Quantizer, *, mid_rise: bool = False):
+  """A grid with learned bits: all numbers of them are one compiled program."""
+  return layers.Quantizer(
+    jnp.exp(old.log_clip[...]),
+    FINE,
+    signed=old.signed,
+    bounds=(1 + (old.signed and not mid_rise), 16),
+    narrow_range=old.narrow_range,
+    below=old.below,
+    mid_rise=mid_rise,
+  )
 
 
 def least(

@@ -83,7 +83,10 @@ def uniform(
       if operands.weight is not None
     }
     _check_any(bits, bounds.values(), kind)
-    plan[kind] = {p: int(np.clip(bits, *b)) for p, b in bounds.items()}
+    plan[kind] = {
+      path: int(np.clip(bits, math.ceil(low), math.floor(high)))
+      for path, (low, high) in bounds.items()
+    }
   return compress.Plan(
     open={}, weight_bits=plan['weight'], act_bits=plan['act']
   )

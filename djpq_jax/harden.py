@@ -120,12 +120,14 @@ def bits_between(lowest: int, highest: int) -> int:
 
 
 def kernel_bits(integers, *, odd: bool = False) -> int:
-  """Whole bits of two's complement that a kernel's integers take; at least 2.
+  """Whole bits of two's complement that a kernel's integers take.
 
   Args:
     integers: of any shape.
-    odd: whether all are; bits are then those of what they are twice of, and 1;
-      of -1 and 1 it is one.
+    odd: whether all are; bits are then those of what they are twice of, and 1.
+
+  Returns:
+    Bits, at least 2; at least 1 of odd ones, as -1 and 1 take.
 
   >>> kernel_bits([-2, 1]), kernel_bits([-1, 2])
   (2, 3)

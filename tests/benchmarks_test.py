@@ -16,6 +16,7 @@ import pytest
 import tiny
 
 from djpq_jax import allocate
+from djpq_jax import compress
 from djpq_jax import layers
 from djpq_jax import optim
 from djpq_jax import train
@@ -268,6 +269,21 @@ def test_bits_can_be_planned_by_what_they_cost(ablations):
   np.testing.assert_equal(found.open, plan.open)
   with pytest.raises(ValueError, match=r'no bits meet 0\.1000% of the BOPs'):
     sensitivity.least(net.structure, plan, costs, 0.001)
+
+
+def test_what_one_bit_costs(ablations):
+  sensitivity = importlib.import_module('sensitivity')
+  net = tiny.compressed(
+    tiny.Mlp, [compress.Rule(pattern='*', weight_bits=(1, 8))]
+  )
+  plan = allocate.plan(net, None)
+  bounds = {('weight', p): (1, 3) for p in plan.weight_bits}
+  bounds |= {('act', p): (8, 8) for p in plan.act_bits}
+  images = tiny.batch()['image']
+  costs = sensitivity.divergences(net, plan, bounds, images)
+  for path in plan.weight_bits:
+    one, two, three = costs['weight', path].values()
+    assert one > max(two, three) > 0
 
 
 def test_a_measured_plan_follows_the_measurement(

@@ -988,7 +988,10 @@ def test_kernels_of_one_bit_have_two_levels(per_channel):
   for path, operands in operands_of(net).items():
     assert float(operands.weight.bits()) == pytest.approx(1, abs=1e-5)
     kernel = compress.layer_modules(net.model)[path].kernel[...]
-    assert len(np.unique(operands.weight(kernel))) == 2
+    # Of least squared error, however far the largest weights are.
+    level = np.abs(kernel).mean()
+    found = np.unique(operands.weight(kernel))
+    np.testing.assert_allclose(found, [-level, level], rtol=1e-5)
   plan = plan_for(net, {}, 4)
   ones = dict.fromkeys(plan.weight_bits, 1)
   frozen = compress.freeze(
@@ -1012,6 +1015,23 @@ def test_one_bit_has_no_level_at_zero(settings):
     ValueError, match=r'conv1 cannot have weight_bits=\(1, 8\): of less than'
   ):
     built('chain').compress(rule)
+
+
+def test_one_bit_is_of_no_concern_to_a_float_layer():
+  rules = [
+    compress.Rule(pattern='*', weight_bits=(1, 8)),
+    compress.Rule(pattern='head', quantize=False, exponent=True, prune=False),
+  ]
+  assert operands_of(built('chain').compress(*rules))['head'].weight is None
+
+
+def test_bounds_between_whole_bits_hold():
+  rule = compress.Rule(pattern='*', weight_bits=(1.5, 8), act_bits=(1.5, 8))
+  net = built('chain').compress(rule)
+  plan = allocate.uniform(net, 2, 2)
+  assert set(plan.weight_bits.values()) == {2}
+  with pytest.raises(ValueError, match='uniform bits of 1 for weights'):
+    allocate.uniform(net, 1, 2)
 
 
 def test_one_bit_is_not_planned_where_no_rule_allows_it():
@@ -1055,6 +1075,16 @@ def test_a_kernel_that_its_layer_masks_keeps_a_level_at_zero():
   assert odd == {'conv1': True, 'conv2': False, 'head': True}
   hardened = harden.harden(frozen)
   np.testing.assert_array_equal(hardened(chain.x), frozen(chain.x))
+
+
+@standard_promotion
+@pytest.mark.parametrize('axis', [0, 1])
+def test_a_dead_channel_stays_dead(axis):
+  """However wide the layer is."""
+  kernel = np.random.default_rng(0).normal(size=(300, 300)).astype(np.float32)
+  assert not compress.attach.needs_zero(kernel, [kernel])
+  kernel[(slice(None), 7) if axis else 7] = 0
+  assert compress.attach.needs_zero(kernel, [kernel])
 
 
 @standard_promotion

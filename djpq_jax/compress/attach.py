@@ -70,7 +70,7 @@ def assemble(
     if not settings.quantize:
       return None
     kernel = modules[path].kernel[...]
-    return layers.Quantizer(
+    grid = layers.Quantizer(
       clips.of_kernel(kernel),
       float(np.clip(bits, *settings.weight_bits)),
       signed=True,
@@ -79,6 +79,8 @@ def assemble(
       narrow_range=settings.narrow_range,
       mid_rise=settings.weight_bits[0] < 2,
     )
+    # Of one bit the largest magnitude would be that of all weights.
+    return at_bits(grid, bits, [kernel]) if grid.mid_rise else grid
 
   def act(path):
     settings = structure.layers[path]
@@ -170,7 +172,7 @@ def at_bits(
   clip=None,
   *,
   fixed: bool = False,
-  mid_rise: bool = False,
+  mid_rise: bool | None = None,
 ) -> layers.Quantizer:
   """A quantizer of the same kind, its clip (or clips) of least squared error.
 
@@ -180,11 +182,12 @@ def at_bits(
     tensors: values that it quantizes, of any shapes.
     clip: what to begin with, by default its own; see `clips.of_least_error`.
     fixed: whether the bits stay as they are.
-    mid_rise: whether its levels lie half a step beside whole steps, once they
-      are fixed; before, they do where they did.
+    mid_rise: whether its levels lie half a step beside whole steps; by
+      default, whether they did.
   """
   if not fixed:
     bits = float(np.clip(bits, *quantizer.bounds))
+  if mid_rise is None:
     mid_rise = quantizer.mid_rise
   _, found, exponent = quantizer.grid()
   clip = np.asarray(found if clip is None else clip)
@@ -244,7 +247,10 @@ def needs_zero(held, handed) -> bool:
   """
   zero = np.asarray(held) == 0
   masked = any(np.any((np.asarray(k) == 0) & ~zero) for k in handed)
-  return masked or bool(zero.mean() >= SPARSE)
+  # An input or an output that nothing comes of, however wide the layer is.
+  matrix = zero.reshape(-1, *zero.shape[-2:])
+  dead = matrix.all(axis=(0, 1)).any() or matrix.all(axis=(0, 2)).any()
+  return masked or bool(dead or zero.mean() >= SPARSE)
 
 
 def _act_quantizer(
@@ -320,7 +326,7 @@ def calibrate(
     if operands.weight.mid_rise and needs_zero(held, kernels[path]):
       raise ValueError(
         f'the kernel of {path} cannot have less than two bits, of which no '
-        'level is at zero, since it is masked or has many zeros: a rule with '
+        'level is at zero, since it is masked or has zeros: a rule with '
         f'pattern={path!r} and weight_bits=(2, ...) gives it more'
       )
     values = [np.asarray(v, np.float32) for v in inputs[path]]

@@ -93,6 +93,10 @@ def _search(
   clip, levels: float, below: float, x: np.ndarray, *, mid_rise: bool = False
 ):
   """The best clips of some, and their squared errors, [grids]."""
+  if mid_rise and levels == 0.5:  # of one bit, the mean magnitude
+    edge = np.abs(x).mean(axis=0)
+    edge = np.where(edge > 0, edge, clip.ravel())
+    return edge, np.square(edge - np.abs(x)).sum(axis=0)
   best, least = clip.ravel(), np.full(clip.size, np.inf, np.float32)
   for scale in np.geomspace(0.2, 1.5, 32):
     edge = clip.ravel() * np.float32(scale)

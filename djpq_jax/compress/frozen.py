@@ -60,7 +60,7 @@ def freeze(
     if structure.layers[path].per_channel:
       clip = clips.of_kernel(kernel, structure.graph.layers[path].out_axis)
     bits = plan.weight_bits[path]
-    if bits < 2 and not operands.weight.mid_rise:
+    if bits < 2 and bits < operands.weight.bounds[0]:
       raise ValueError(
         f'the plan gives the kernel of {path} one bit, and its rule two or '
         f'more: allow one by weight_bits=(1, {operands.weight.bounds[1]:g})'

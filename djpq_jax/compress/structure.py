@@ -55,8 +55,9 @@ class Rule:
     mid_rise: whether a kernel that gets two bits has its levels half a step
       beside whole steps, -3/2, -1/2, 1/2 and 3/2, in place of -2 to 1.
       Default: yes, but not where `narrow_range` or `exponent` is, nor where a
-      kernel is masked, or a hundredth of it is zero.  Where one bit is allowed
-      the grid has none at zero while bits are searched, either.
+      kernel is masked, a channel or a hundredth of it zero.  Where one bit is
+      allowed the grid has no level at zero while bits are searched, either,
+      and all this is an error.
   """
 
   pattern: str
@@ -247,7 +248,8 @@ def _settings(layer: graph_lib.MacLayer, rules) -> LayerSettings:
 
 
 def _check_least_bits(path: str, settings: LayerSettings) -> None:
-  if settings.weight_bits[0] < 2 and not settings.may_lack_zero:
+  one_bit = settings.quantize and settings.weight_bits[0] < 2
+  if one_bit and not settings.may_lack_zero:
     raise ValueError(
       f'{path} cannot have weight_bits={settings.weight_bits}: of less than '
       'two bits no level is at zero, and mid_rise=False, narrow_range=True or '
