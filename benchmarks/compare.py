@@ -32,6 +32,8 @@ CONTROLS = {
   'W3A3': {'method': 'uniform', 'uniform_bits': (3, 3)},
   'W2A2': {'method': 'uniform', 'uniform_bits': (2, 2)},
 }
+# The search computes with the nearest whole bits, too, not with those between.
+WHOLE_BITS = {'bit_choices': tuple(range(1, 9))}
 # What is done otherwise, each alone: a contestant 'DJPQ NAME @BUDGET'.
 FROM_8_BITS = {'search': {'bits': 8.0, 'ramp': 0.7}}
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -49,6 +51,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
   'KL 1e-3': {'search': {'kl_weight': 1e-3}},
   'statistics of the training': {'statistics_batches': 0},
   'without rules': {'rules': ()},
+  'whole bits': WHOLE_BITS,
 }
 # Likewise, by a rule for all layers after those of the experiment.
 RULES = {
@@ -109,6 +112,10 @@ def contestants(base, budgets, shares=()):
     'two-stage': {'method': 'two_stage'},
   }
   methods['DJPQ kernels of one bit'] = one_bit
+  methods['DJPQ kernels of one bit, from 1 bit'] = one_bit | {
+    'search': {'bits': 1.0}
+  }
+  methods['DJPQ kernels of one bit, whole bits'] = one_bit | WHOLE_BITS
   methods['two-stage kernels of one bit'] = {'method': 'two_stage', **one_bit}
   for share in shares:
     two_stage = {'method': 'two_stage', 'two_stage_macs': share}
