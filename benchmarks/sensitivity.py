@@ -74,14 +74,11 @@ def divergences(
     found[kind, path] = {}
     low, high = bounds[kind, path]
     for bits in range(low, high + 1):
-      mid_rise = kind == 'weight' and (
-        bits < 2
-        or frozen.is_mid_rise(
-          net.structure.layers[path],
-          bits,
-          tensors[kind, path][0],
-          kernels[path],
-        )
+      mid_rise = kind == 'weight' and frozen.is_mid_rise(
+        net.structure.layers[path],
+        bits,
+        tensors[kind, path][0],
+        kernels[path],
       )
       tried = _fine(grid, mid_rise=True) if mid_rise else grid
       moved = attach.at_bits(tried, float(bits), tensors[kind, path])

@@ -1043,13 +1043,18 @@ def test_one_bit_is_not_planned_where_no_rule_allows_it():
     compress.freeze(net, plan_for(net, {}, 1), chain.x)
 
 
+def masked_chain():
+  """The chain, whose second kernel is masked at one place."""
+  model = nnx.clone(built('chain').model)
+  mask = np.ones(model.conv2.kernel.shape, np.float32)
+  mask[0, 0, 0, 0] = 0
+  model.conv2.mask = nnx.data(jnp.asarray(mask))
+  return model
+
+
 @standard_promotion
 def test_a_masked_kernel_cannot_have_one_bit():
-  chain = built('chain')
-  mask = np.ones(chain.model.conv2.kernel.shape, np.float32)
-  mask[0, 0, 0, 0] = 0
-  model = nnx.clone(chain.model)
-  model.conv2.mask = nnx.data(jnp.asarray(mask))
+  chain, model = built('chain'), masked_chain()
   rules = [compress.Rule(pattern='*', prune=False, weight_bits=(1, 8))]
   with pytest.raises(
     ValueError, match=r"kernel of conv2 .*pattern='conv2' and weight_bits=\(2"
@@ -1062,11 +1067,7 @@ def test_a_masked_kernel_cannot_have_one_bit():
 @standard_promotion
 def test_a_kernel_that_its_layer_masks_keeps_a_level_at_zero():
   """However few are masked, and what is hardened predicts the same."""
-  chain = built('chain')
-  mask = np.ones(chain.model.conv2.kernel.shape, np.float32)
-  mask[0, 0, 0, 0] = 0
-  model = nnx.clone(chain.model)
-  model.conv2.mask = nnx.data(jnp.asarray(mask))
+  chain, model = built('chain'), masked_chain()
   net = compress.compress(
     model, [compress.Rule(pattern='*', prune=False)], chain.x
   )

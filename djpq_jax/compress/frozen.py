@@ -65,9 +65,7 @@ def freeze(
         f'the plan gives the kernel of {path} one bit, and its rule two or '
         f'more: allow one by weight_bits=(1, {operands.weight.bounds[1]:g})'
       )
-    mid_rise = bits < 2 or is_mid_rise(
-      structure.layers[path], bits, kernel, kernels[path]
-    )
+    mid_rise = is_mid_rise(structure.layers[path], bits, kernel, kernels[path])
     operands.weight = nnx.data(
       attach.at_bits(
         operands.weight, bits, [kernel], clip, fixed=True, mid_rise=mid_rise
@@ -92,6 +90,8 @@ def is_mid_rise(
     held: the kernel.
     handed: as that of `attach.needs_zero`.
   """
+  if bits < 2:  # there is no other grid
+    return True
   if bits > MID_RISE_TO or not settings.may_lack_zero:
     return False
   return not attach.needs_zero(held, handed)
