@@ -931,6 +931,17 @@ def test_the_clip_counts_the_level_below():
 
 
 @standard_promotion
+def test_a_clip_may_be_far_below_the_largest_magnitude():
+  x = np.random.default_rng(0).normal(size=100_000).astype(np.float32)
+  x[0] = 20.0
+  clip = compress.clips.of_least_error(
+    np.float32(20), 1.5, 1.5, [x], mid_rise=True
+  )
+  # Four levels of a normal distribution: steps of 0.996 (Max 1960).
+  np.testing.assert_allclose(clip, 1.494, rtol=0.04)
+
+
+@standard_promotion
 def test_a_rule_keeps_grids_narrow():
   chain = built('chain')
   net = chain.compress(compress.Rule(pattern='conv1', narrow_range=True))
