@@ -931,6 +931,16 @@ def test_the_clip_counts_the_level_below():
 
 
 @standard_promotion
+def test_a_clip_is_fitted_to_all_channels():
+  x = np.random.default_rng(0).normal(size=(100, 32, 32, 16))
+  x[..., 0] *= 0.01
+  x = x.astype(np.float32)
+  clip = compress.clips.of_least_error(np.abs(x).max(), 3.0, 4.0, [x])
+  # Seven or eight levels of a normal distribution: steps of 0.6.
+  assert 1.5 < clip < 2.5
+
+
+@standard_promotion
 def test_a_clip_may_be_far_below_the_largest_magnitude():
   x = np.random.default_rng(0).normal(size=100_000).astype(np.float32)
   x[0] = 20.0

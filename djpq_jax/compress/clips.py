@@ -89,7 +89,9 @@ def _columns(clip: np.ndarray, tensors: Sequence[Any]) -> np.ndarray:
     x = np.moveaxis(np.asarray(tensors[0], np.float32), axis, -1)
     return x.reshape(-1, clip.size)
   x = np.concatenate([np.ravel(np.asarray(t, np.float32)) for t in tensors])
-  return x[:: max(1, x.size // SAMPLES), None]
+  if x.size > SAMPLES:  # not every n-th: those may be of a few channels alone
+    x = x[np.random.default_rng(0).integers(x.size, size=SAMPLES)]
+  return x[:, None]
 
 
 def _search(
