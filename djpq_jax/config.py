@@ -247,13 +247,16 @@ def _update(config, given, prefix: str) -> None:
   """Copies `given` into `config`, refusing fields that it does not have."""
   for key, value in given.items():
     name = f'{prefix}{key}'
+    if not isinstance(key, str):
+      raise ConfigError(f'names of fields are text, got {name}')
     if key not in config:
       hint = _hint(key, config, prefix)
       raise ConfigError(f'unknown config field {name}{hint}')
     nested = isinstance(config[key], ml_collections.ConfigDict)
     if nested and not hasattr(value, 'items'):
       raise ConfigError(f'{name} has fields of its own, got {value!r}')
-    if name in ('model.kwargs', 'data.kwargs'):
+    if name in ELSEWHERE:
+      _check_kwargs(value, name)
       config[key] = ml_collections.ConfigDict({**config[key], **value})
     elif name == 'rules':
       config[key] = _pairs(value)
@@ -261,6 +264,14 @@ def _update(config, given, prefix: str) -> None:
       _update(config[key], value, f'{name}.')
     else:
       config[key] = _converted(config[key], value, name)
+
+
+def _check_kwargs(given, name: str) -> None:
+  for key in given:
+    if not isinstance(key, str):
+      raise ConfigError(f'names of arguments are text, got {name}.{key}')
+    if key in ELSEWHERE[name]:
+      raise ConfigError(f'{name}.{key} is the field {ELSEWHERE[name][key]}')
 
 
 def _pairs(rules):
@@ -290,6 +301,12 @@ def _converted(now, value, name: str):
     _check_range(value, name)
   return value
 
+
+# Arguments of models and data that have a field of their own, not one in these.
+ELSEWHERE = {
+  'model.kwargs': {'name': 'model.name', 'seed': 'seed'},
+  'data.kwargs': {'name': 'data.name', 'data_dir': 'data.dir'},
+}
 
 _KINDS = {
   int: 'a whole number',

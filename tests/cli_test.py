@@ -1,5 +1,6 @@
 """The commands: what they print, write, refuse, and say when they refuse."""
 
+import argparse
 import contextlib
 import errno
 import io
@@ -20,6 +21,7 @@ from djpq_jax import experiment
 from djpq_jax import train
 from djpq_jax import workdir
 from djpq_jax.checkpoint import manifest as manifest_lib
+from djpq_jax.cli import artifacts
 from djpq_jax.cli import bars
 from djpq_jax.experiment import previewing
 from djpq_jax.export import stablehlo_file
@@ -172,6 +174,19 @@ def test_evaluate_reproduces_the_report(finished, tmp_path, capsys):
   printed = capsys.readouterr().out
   assert f'{report["accuracy"]:.2%} of 50 images of tiny' in printed
   assert f'{report["bops"]:,} of {report["float_bops"]:,}' in printed
+
+
+@pytest.mark.parametrize('name', [None, 'synthetic'])
+def test_a_set_is_opened_as_it_was_measured_on(name):
+  """Whether its name is given again or not."""
+  args = argparse.Namespace(artifact='artifact', data=name, data_dir=None)
+  kwargs = {'shape': (8, 8, 1), 'test_size': 7}
+  manifest = {
+    'measured_on': {'data': 'synthetic', 'kwargs': kwargs},
+    'input_shape': [8, 8, 1],
+  }
+  split, _ = artifacts.images(args, manifest)
+  assert split.images.shape == (7, 8, 8, 1)
 
 
 def test_all_executions_predict_alike(finished, capsys):

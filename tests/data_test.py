@@ -140,7 +140,8 @@ class LoadTest(parameterized.TestCase):
     ('digit', {}, "no data source 'digit'; did you mean 'digits'.*synthetic"),
     ('?', {}, "no data source '\\?'; known: cifar10, digits"),
     ('synthetic', dict(shap=1), "no argument 'shap'; did you mean 'shape'"),
-    ('digits', dict(shape=1), "digits takes no argument 'shape'"),
+    ('digits', dict(shape=1), "digits takes no argument 'shape'$"),
+    ('synthetic', dict(shape=28), "refuses {'shape': 28}: .*int"),
   )
   def test_refuses(self, name, kwargs, message):
     with self.assertRaisesRegex(ValueError, message):

@@ -174,11 +174,30 @@ def test_two_stage(config, tmp_path):
   assert report['layers'][0]['kept_out'] < 6
   assert report['layers'][1]['kept_in'] == 16 * report['layers'][0]['kept_out']
   assert report['accuracy'] > 0.8
+  # All rows count what is left of the dense model, those of the second stage,
+  # too, which begins with what the first one left.
+  rows = [row for row in report['history'] if row['phase'] == 'search']
+  assert max(row['kept_fraction'] for row in rows[len(rows) // 2 + 1 :]) < 0.9
+  np.testing.assert_allclose(rows[-1]['relative_bops'], BUDGET, rtol=0.2)
   # Of the model the artifact needs the name and shapes, but no number.
   with pytest.MonkeyPatch.context() as patch:
     other = lambda rngs: tiny.make(tiny.Normed, seed=77)
     patch.setitem(models.MODELS, 'tiny', other)
     check_report(report, tmp_path)
+
+
+def test_a_first_stage_may_leave_less_than_the_budget(config):
+  config = config_lib.change(
+    config,
+    method='two_stage',
+    two_stage_macs=0.6,
+    budget=0.7,
+    search={'epochs': 1},
+  )
+  net = experiment.METHODS['two_stage'](
+    setting.prepare(config), tiny.make(tiny.Normed)
+  )
+  assert set(net.structure.plan.weight_bits.values()) == {8}
 
 
 def test_two_stage_says_when_too_much_was_left_for_the_second(config):
@@ -202,6 +221,7 @@ def test_two_stage_says_when_too_much_was_left_for_the_second(config):
     ({'budget': 0.005}, (3 / 32) ** 2),  # what three bits cost
     ({'budget': 0.2}, (8 / 32) ** 2),  # no more than the default has
     ({'budget': 0.0, 'budget_macs': 0.5}, (8 / 32) ** 2),
+    ({'budget': 0.02, 'budget_macs': 0.5}, 0.02 * phases.HEADROOM),
     ({'budget': 0.0, 'budget_weights': 0.05}, 8 / 32 * 3 / 32),
   ],
 )
@@ -322,6 +342,10 @@ def test_without_training_and_budget(config, tmp_path):
     ({'data': {'name': 'digits'}}, r'\(4, 4, 1\), but digits has \(8, 8, 1\)'),
     ({'model': {'name': 'tinny'}}, "no model 'tinny'; did you mean 'tiny'"),
     ({'model': {'kwargs': {'a': 1}}}, "tiny takes no argument 'a'"),
+    (
+      {'model': {'name': 'digits_cnn', 'kwargs': {'input_shape': 8}}},
+      "digits_cnn refuses {'input_shape': 8}: ",
+    ),
     (
       {'model': {'name': 'digits_cnn', 'kwargs': {'num_classes': 0}}},
       'num_classes of digits_cnn must be a whole number, at least 1; got 0',

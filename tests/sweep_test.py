@@ -86,6 +86,18 @@ def test_more_budgets_train_only_what_is_new(
   assert '5.000%' in capsys.readouterr().out
 
 
+def test_budgets_that_are_not_listed_again_stay_in_the_table(
+  swept, command, tmp_path
+):
+  folder = tmp_path / 'sweep'
+  shutil.copytree(swept, folder)
+  args = ['--workdir', str(folder), '--budgets', '0.02']
+  assert cli.main([*command, *args]) == 0
+  assert (folder / 'sweep.json').read_text() == (
+    swept / 'sweep.json'
+  ).read_text()
+
+
 def test_a_signal_after_the_last_step_of_a_budget_is_not_lost(
   swept, command, tmp_path, monkeypatch, capsys
 ):

@@ -38,7 +38,8 @@ def images(args, manifest):
     raise ValueError(
       f'{args.artifact} does not say what it was measured on; give --data'
     )
-  kwargs = {} if args.data else measured_on.get('kwargs', {})
+  same = name == measured_on.get('data')
+  kwargs = measured_on.get('kwargs', {}) if same else {}
   _, split = data.load(name, data_dir=args.data_dir, **kwargs)
   shape = split.images.shape[1:]
   if list(shape) != manifest['input_shape']:

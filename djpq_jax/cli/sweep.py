@@ -83,6 +83,8 @@ def _run(args) -> None:
   with training.stopping() as stop:
     points = _points(args.budgets, base, home, console, stop)
   if parallel.is_first():
+    points += _earlier(home, base, {point['folder'] for point in points})
+    points.sort(key=lambda point: -point['budget'])
     _finish(points, home.path, console)
 
 
@@ -107,6 +109,16 @@ def _points(budgets, base, home, console, stop) -> list[dict[str, Any]]:
     # No other budget has the same programs, and a process that kept those of
     # nineteen runs was seen to end for want of memory to compile in.
     jax.clear_caches()
+  return points
+
+
+def _earlier(home, base, listed: set[str]) -> list[dict[str, Any]]:
+  """Points of budgets that are finished there, and not listed this time."""
+  points = []
+  for path in home.path.glob('budget-*'):
+    report = workdir.Workdir(path, base).report()
+    if path.name not in listed and report is not None:
+      points.append(_point(report, path.name))
   return points
 
 

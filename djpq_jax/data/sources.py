@@ -212,11 +212,15 @@ def load(
   """
   if name not in SOURCES:
     raise ValueError(f'no data source {name!r}{_hint(name, SOURCES)}')
-  known = inspect.signature(SOURCES[name]).parameters
+  known = set(inspect.signature(SOURCES[name]).parameters) - {'data_dir'}
   for key in kwargs:
     if key not in known:
-      raise ValueError(f'{name} takes no argument {key!r}{_hint(key, known)}')
-  return SOURCES[name](data_dir=data_dir, **kwargs)
+      hint = _hint(key, known) if known else ''
+      raise ValueError(f'{name} takes no argument {key!r}{hint}')
+  try:
+    return SOURCES[name](data_dir=data_dir, **kwargs)
+  except TypeError as error:
+    raise ValueError(f'{name} refuses {kwargs}: {error}') from error
 
 
 def _hint(name, known):

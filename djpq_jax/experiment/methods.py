@@ -3,6 +3,7 @@
 import dataclasses
 
 from flax import nnx
+import numpy as np
 
 from djpq_jax import allocate
 from djpq_jax import compress
@@ -12,6 +13,7 @@ from djpq_jax.experiment import setting
 
 UNPRUNED = compress.Rule(pattern='*', prune=False)
 UNQUANTIZED = compress.Rule(pattern='*', quantize=False)
+MET = 0.999  # a budget below 1 that asks for nothing
 
 
 def djpq(run: setting.Run, model) -> compress.Compressed:
@@ -74,8 +76,11 @@ def two_stage(run: setting.Run, model) -> compress.Compressed:
       f'the fewest bits that the rules allow {100 * least:.4g} % of the BOPs '
       'are left; lower two_stage_macs, raise the budget, or allow fewer bits'
     )
-  budget = config.budget / left
+  # What the first stage left may be within the budget as it is.
+  budget = min(config.budget / left, MET)
+  run.scale = _left(first, left)  # what the second counts is less than all
   net = phases.search(run, net, model, budgets={'bops': budget}, epochs=epochs)
+  run.scale = {}
   second = phases.planned(run, net, budget)
   if config.finetune.rewind:
     cut = graph_lib.slice_channels(model, structure.graph, first.open)
@@ -91,6 +96,12 @@ def two_stage(run: setting.Run, model) -> compress.Compressed:
     ),
   )
   return net
+
+
+def _left(plan: compress.Plan, share: float) -> dict[str, float]:
+  """What a plan leaves of the dense model, as metrics of training say it."""
+  kept = [mask.mean() for mask in plan.open.values() for _ in mask]
+  return {'relative_bops': share, 'kept_fraction': float(np.mean(kept or [1]))}
 
 
 def before_search(run: setting.Run, model) -> list[compress.Compressed]:

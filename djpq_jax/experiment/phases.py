@@ -136,9 +136,13 @@ def _begin(run: setting.Run, model: compress.Compressed, budgets: Budgets):
   bits = run.config.search.bits
   kinds = allocate.counted_bits(budgets or {})
   if kinds and bits < FULL_BITS:
-    even = allocate.even_bits(
-      model, {name: HEADROOM * share for name, share in budgets.items()}
-    )
+    # No bits meet a budget of MACs: that is for channels alone.
+    goals = {
+      name: HEADROOM * share
+      for name, share in budgets.items()
+      if allocate.counted_bits({name: share})
+    }
+    even = allocate.even_bits(model, goals)
     bits = min(max(bits, even), FULL_BITS)
     compress.regrid(model, bits, run.sample(), kinds=kinds)
 

@@ -32,6 +32,7 @@ def run_phase(run: setting.Run, name: str, state: train.TrainState, steps: int):
   accuracy = accuracy_of(run)
 
   def on_log(step, metrics):
+    metrics = metrics | {k: metrics[k] * s for k, s in run.scale.items()}
     row = {'phase': name, 'step': run.steps_done + step, **metrics}
     rows.append({k: _plain(v) for k, v in row.items()})
     run.record(rows[-1:])

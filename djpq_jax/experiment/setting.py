@@ -48,6 +48,8 @@ class Run:
     phases_done: how many there are.
     best_steps: phase -> step over all phases that it ended with, where the
       best one was kept.
+    scale: what metrics of a model that was cut before are multiplied by, by
+      name, such that they say what is left of the dense model.
   """
 
   config: Any
@@ -63,6 +65,7 @@ class Run:
   steps_done: int = 0
   phases_done: int = 0
   best_steps: dict[str, int] = dataclasses.field(default_factory=dict)
+  scale: dict[str, float] = dataclasses.field(default_factory=dict)
 
   def batches(
     self, seed: int, *, as_bytes: bool = False

@@ -74,7 +74,10 @@ def create(name: str, *, seed: int = 0, **kwargs: Any) -> Any:
       f'num_classes of {name} must be a whole number, at least 1; '
       f'got {classes!r}'
     )
-  return constructor(**kwargs, rngs=nnx.Rngs(seed))
+  try:
+    return constructor(**kwargs, rngs=nnx.Rngs(seed))
+  except TypeError as error:
+    raise ValueError(f'{name} refuses {kwargs}: {error}') from error
 
 
 def _arguments(constructor):

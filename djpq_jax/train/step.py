@@ -211,12 +211,19 @@ def _cost(model, state: state_lib.TrainState):
 def _summary(model: compress.Compressed) -> state_lib.Metrics:
   """Mean bits over quantized layers and the kept fraction of gated channels."""
   operands = [o for _, _, o in compress.hooks(model) if o.weight is not None]
-  kept = compress.open_masks(model.structure)
-  total = sum(len(kept[g]) for g in model.structure.gated)
-  if model.structure.plan is None:
+  plan = model.structure.plan
+  if plan is None:
+    total = sum(g.size for g in model.gates)
     left = sum((jnp.sum(g.open_mask()) for g in model.gates), jnp.zeros(()))
-  else:
-    left = jnp.float32(sum(kept[g].sum() for g in model.structure.gated))
+  else:  # groups may have been cut before there were gates
+    structure = model.structure
+    masks = [
+      mask
+      for g, mask in zip(structure.groups, compress.open_masks(structure))
+      if not g.reason or g.name in plan.open
+    ]
+    total = sum(len(mask) for mask in masks)
+    left = jnp.float32(sum(mask.sum() for mask in masks))
   return {
     'mean_weight_bits': _mean([o.weight.bits() for o in operands]),
     'mean_act_bits': _mean([o.act.bits() for o in operands]),
