@@ -1412,6 +1412,28 @@ class LayerTest(parameterized.TestCase):
       found, _ = traced(name)
       self.assertFalse(any(x.depthwise for x in found.layers.values()))
 
+  @parameterized.parameters(1, 2, 8, 32)
+  def test_what_does_not_depend_on_the_batch_counts_whole(self, batch):
+    def forward(m, x):  # positions get their biases from a network
+      at = jnp.linspace(-1.0, 1.0, x.shape[1])
+      bias = m.second(nnx.relu(m.first(jnp.stack([at, at**2], -1))))
+      return m.head(nnx.relu(m.inner(x) + bias[None]).mean(1))
+
+    def make(rngs):
+      return Net(
+        forward,
+        first=nnx.Linear(2, 32, rngs=rngs),
+        second=nnx.Linear(32, 7, rngs=rngs),
+        inner=nnx.Linear(6, 7, rngs=rngs),
+        head=nnx.Linear(7, 4, rngs=rngs),
+      )
+
+    model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    found = graph.trace(model, shape(batch, 5, 6))
+    macs = {path: layer.macs for path, layer in found.layers.items()}
+    expected = dict(first=5 * 64, second=5 * 224, inner=5 * 42, head=28)
+    self.assertEqual(macs, expected)
+
   def test_layers_in_a_loop_count_each_trip(self):
     def forward(m, x):
       graphdef, state = nnx.split(m.shared)

@@ -42,6 +42,7 @@ class Traced:
       another MAC layer, `INPUT` and `PICKED`; empty if it does not depend on
       data.
     params: paths of the Variables that it is made of without a MAC layer.
+    batched: whether anything that has the batch axis reaches it.
   """
 
   shape: tuple[int, ...]
@@ -49,6 +50,7 @@ class Traced:
   tag: Tag | None = None
   sources: frozenset[str] = frozenset()
   params: frozenset[str] = frozenset()
+  batched: bool = False
 
 
 def uniform(shape) -> Traced:
@@ -62,6 +64,7 @@ def heritage(operands) -> dict[str, Any]:
   return dict(
     sources=empty.union(*(x.sources for x in operands)),
     params=empty.union(*(x.params for x in operands)),
+    batched=any(x.batched for x in operands),
   )
 
 

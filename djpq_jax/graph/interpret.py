@@ -145,9 +145,7 @@ class Interpreter:
     steps = []
     for x, var in zip(operands, variables, strict=True):
       if len(x.shape) > len(var.aval.shape):
-        x = arrays.Traced(
-          x.shape[1:], x.axes[1:], sources=x.sources, params=x.params
-        )
+        x = dataclasses.replace(x, shape=x.shape[1:], axes=x.axes[1:], tag=None)
       steps.append(x)
     return self.run(body, steps, repeat * eqn.params['length'])
 
@@ -192,8 +190,14 @@ def interpret(program, batch: int) -> Interpretation:
     operands.append(x)
   for aval in program.inputs:
     axes, features = _input_labels(units, aval)
-    source = frozenset([arrays.INPUT])
-    operands.append(arrays.Traced(aval.shape, axes, sources=source))
+    operands.append(
+      arrays.Traced(
+        aval.shape,
+        axes,
+        sources=frozenset([arrays.INPUT]),
+        batched=aval.shape[:1] == (batch,),
+      )
+    )
     if features is not None:
       inputs.append(features)
   for x in interpreter.run(program.jaxpr, operands):

@@ -46,9 +46,15 @@ class Ledger:
   ranks: dict[str, int] = dataclasses.field(default_factory=dict)
   read: set[str] = dataclasses.field(default_factory=set)
 
-  def per_example(self, count: int) -> int:
-    """Divides the batch out; what does not depend on it is rounded up."""
-    return -(-count // self.batch)
+  def per_example(self, count: int, *operands: arrays.Traced) -> int:
+    """Divides the batch out of a product's count, rounded up.
+
+    What does not depend on the batch stays: an accelerator computes it once
+    for all examples, and for a single one as well.
+    """
+    first = (self.batch,)  # of an empty state, say, that nothing has reached
+    free = not any(x.batched or x.shape[:1] == first for x in operands)
+    return count if free else -(-count // self.batch)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,12 +95,18 @@ def dot_general(ledger, eqn, operands, repeat):
       units.freeze(label, f'is a batch axis of {product.right.tag.layer}')
     use = _record(ledger, product, repeat, shape)
     _record_axes(units, use, product)
-    family = {'sources': frozenset([use.path])}
+    family = _from_layer(use, operands)
   else:
     _record_other(ledger, product, repeat)
     family = arrays.heritage(operands)
   axes += [left.axes[d] for d in lf] + [right.axes[d] for d in rf]
   return [arrays.Traced(shape, tuple(axes), **family)]
+
+
+def _from_layer(use, operands) -> dict[str, Any]:
+  """What the output of a layer takes from its operands."""
+  found = arrays.heritage(operands)
+  return {'sources': frozenset([use.path]), 'batched': found['batched']}
 
 
 def _record(ledger, product, repeat, shape):
@@ -105,12 +117,12 @@ def _record(ledger, product, repeat, shape):
     use.seen.add(tag.call)
     use.calls += repeat
   use.weights = math.prod(product.right.shape)
-  use.macs += ledger.per_example(product.macs * repeat)
+  use.macs += ledger.per_example(product.macs * repeat, product.left)
   # A sum of the input and an activation is no image, nor is an embedding.
   use.first |= product.left.sources == {arrays.INPUT}
   features = math.prod(product.right.shape[d] for d in product.right_free)
   size = math.prod(shape) // max(features, 1)
-  use.positions = max(use.positions, ledger.per_example(size))
+  use.positions = max(use.positions, ledger.per_example(size, product.left))
   use.feature_axes.add(_feature_axis(product))
   return use
 
@@ -153,7 +165,7 @@ def _record_other(ledger, product, repeat):
   name = product.eqn.primitive.name
   what = _other_operands(left, right)
   shapes = f'{list(left.shape)} x {list(right.shape)}'
-  macs = ledger.per_example(product.macs * repeat)
+  macs = ledger.per_example(product.macs * repeat, left, right)
   ledger.others.append((f'{name} of {what}, {shapes}', macs))
   ledger.read.update(left.params, right.params)
   reason = f'contracted by a product of {what} ({name})'
@@ -184,7 +196,7 @@ def conv_general_dilated(ledger, eqn, operands, repeat):
   if _is_kernel(right):
     use = _record(ledger, product, repeat, shape)
     _tie_conv(ledger.units, product, use)
-    family = {'sources': frozenset([use.path])}
+    family = _from_layer(use, operands)
   else:
     _record_other(ledger, product, repeat)
     for x in operands:
