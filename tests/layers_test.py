@@ -320,6 +320,35 @@ def test_a_grid_with_no_level_at_zero(bits):
   assert float(q.bits()) == bits
 
 
+@pytest.mark.parametrize('least', [1, 2])
+@pytest.mark.parametrize('bits', range(1, 6))
+def test_choices_have_the_grids_that_are_left_once_bits_are_fixed(least, bits):
+  choices = tuple(range(least, 9))
+  kwargs = dict(signed=True, narrow_range=False)
+  searched = layers.Quantizer(
+    1.5,
+    max(bits, least) + 0.1,
+    bounds=(least, 8),
+    choices=choices,
+    mid_rise=least < 2,
+    may_lack_zero=True,
+    **kwargs,
+  )
+  bits = max(bits, least)
+  fixed = layers.Quantizer(
+    1.5, bits, bounds=(bits, bits), fixed=True, mid_rise=bits < 3, **kwargs
+  )
+  x = _normal(1000)
+  assert float(searched.bits()) == bits
+  np.testing.assert_allclose(searched(x), fixed(x), rtol=1e-6)
+  np.testing.assert_array_equal(searched.integers(x), fixed.integers(x))
+  np.testing.assert_allclose(searched.unit, fixed.unit, rtol=1e-6)
+  # Both parts of the grid learn from the bits, as they do without choices.
+  grads = _grad(lambda q: q.bits(), searched)
+  assert grads['log_clip'] > 0.5
+  np.testing.assert_allclose(grads['log_step'], -grads['log_clip'], rtol=1e-5)
+
+
 @pytest.mark.parametrize('fixed', [False, True])
 def test_all_levels_learn_as_the_stop_gradient_oracle(fixed):
   x, weights = 2 * _normal(300), _normal(300, seed=1)

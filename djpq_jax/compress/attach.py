@@ -78,6 +78,7 @@ def assemble(
       learn_exponent=settings.exponent,
       narrow_range=settings.narrow_range,
       mid_rise=settings.weight_bits[0] < 2,
+      may_lack_zero=settings.may_lack_zero,
     )
     # Of one bit the largest magnitude would be that of all weights.
     return at_bits(grid, bits, [kernel]) if grid.mid_rise else grid
@@ -205,6 +206,7 @@ def at_bits(
       narrow_range=quantizer.narrow_range,
       below=below,
       mid_rise=mid_rise,
+      may_lack_zero=quantizer.may_lack_zero and not fixed,
     )
 
   grid = made(clip, quantizer.below)
@@ -213,7 +215,10 @@ def at_bits(
   if fixed and grid.sides['below'] is not None:  # whole levels on both sides
     return made(*clips.asymmetric(clip, round(bits), tensors))
   found = clips.of_least_error(
-    clip, *grid.levels(bits), tensors, mid_rise=mid_rise
+    clip,
+    *grid.levels(grid.nearest(bits)),
+    tensors,
+    mid_rise=grid.lacks_zero(grid.nearest(bits)),
   )
   return made(found, quantizer.below)
 
@@ -323,12 +328,14 @@ def calibrate(
   for path, module, operands in quantized:
     held = module.kernel[...]
     _check_kernel(path, held, kernels[path])
-    if operands.weight.mid_rise and needs_zero(held, kernels[path]):
-      raise ValueError(
-        f'the kernel of {path} cannot have less than two bits, of which no '
-        'level is at zero, since it is masked or has zeros: a rule with '
-        f'pattern={path!r} and weight_bits=(2, ...) gives it more'
-      )
+    if needs_zero(held, kernels[path]):
+      if operands.weight.mid_rise:
+        raise ValueError(
+          f'the kernel of {path} cannot have less than two bits, of which no '
+          'level is at zero, since it is masked or has zeros: a rule with '
+          f'pattern={path!r} and weight_bits=(2, ...) gives it more'
+        )
+      operands.weight.may_lack_zero = False
     values = [np.asarray(v, np.float32) for v in inputs[path]]
     x = np.concatenate([v.ravel() for v in values])
     kept = percentile

@@ -12,8 +12,6 @@ from djpq_jax.compress import clips
 from djpq_jax.compress import structure as structure_lib
 from djpq_jax.compress import wrapped
 
-MID_RISE_TO = 2  # bits; with more no training was tried
-
 
 def freeze(
   model: wrapped.Compressed, plan: structure_lib.Plan, *args
@@ -92,7 +90,7 @@ def is_mid_rise(
   """
   if bits < 2:  # there is no other grid
     return True
-  if bits > MID_RISE_TO or not settings.may_lack_zero:
+  if bits > layers.MID_RISE_TO or not settings.may_lack_zero:
     return False
   return not attach.needs_zero(held, handed)
 

@@ -12,6 +12,7 @@ from djpq_jax.layers.operands import GateValue
 from djpq_jax.layers.operands import IntegerParam
 from djpq_jax.layers.operands import Operands
 from djpq_jax.layers.quantizer import EXPONENT_RANGE
+from djpq_jax.layers.quantizer import MID_RISE_TO
 from djpq_jax.layers.quantizer import Quantizer
 from djpq_jax.layers.quantizer import QuantParam
 from djpq_jax.layers.quantizer import bounded
@@ -20,6 +21,7 @@ __all__ = [
   'EXPONENT_RANGE',
   'INPUTS',
   'KERNELS',
+  'MID_RISE_TO',
   'OPEN_LOG_ALPHA',
   'Gate',
   'GateIndex',

@@ -15,6 +15,8 @@ EXPONENT_RANGE = (0.5, 2.0)
 # From as many bits on a level more is nothing, and integers of int8 want
 # magnitudes below 128.
 NARROW_FROM = 8
+# To as many bits a kernel has no level at zero; with more none was tried.
+MID_RISE_TO = 2
 
 
 class QuantParam(nnx.Param):
@@ -92,6 +94,9 @@ class Quantizer(nnx.Module):
       that need not be symmetric.
     mid_rise: whether the levels lie half a step beside whole steps, as
       `ops.quantize` says; in place of the two before.
+    may_lack_zero: whether a grid of the choices is a mid-rise one if it has
+      `MID_RISE_TO` bits or fewer, and none if it has more, whatever `mid_rise`
+      says: the grids that are left once bits are fixed.
   """
 
   def __init__(
@@ -108,6 +113,7 @@ class Quantizer(nnx.Module):
     narrow_range: bool = True,
     below: float | None = None,
     mid_rise: bool = False,
+    may_lack_zero: bool = False,
   ):
     clip = jnp.asarray(clip, jnp.float32)
     self.signed = signed
@@ -117,6 +123,7 @@ class Quantizer(nnx.Module):
     self.narrow_range = narrow_range
     self.below = None if below is None else float(below)
     self.mid_rise = mid_rise
+    self.may_lack_zero = may_lack_zero
     self.log_clip = QuantParam(jnp.log(clip))
     self.log_exponent = nnx.data(None)
     self.log_step = nnx.data(None)
@@ -135,6 +142,10 @@ class Quantizer(nnx.Module):
       restricted: whether the bits are one of the choices, if there are any;
         else they are those that are learned.
     """
+    return self._grid(restricted)[:3]
+
+  def _grid(self, restricted: bool = True):
+    """(step, clip, exponent, which of the choices it is or None)."""
     log_clip = self.log_clip[...]
     clip = jnp.exp(log_clip)
     exponent: Any = 1.0
@@ -145,54 +156,80 @@ class Quantizer(nnx.Module):
       exponent = jnp.exp(bounded(raw, low, high))
       log_range = exponent * log_clip
     if self.fixed_bits is not None:
-      return jnp.exp(log_range) / self._above(self.fixed_bits), clip, exponent
+      step = jnp.exp(log_range) / self._above(self.fixed_bits)
+      return step, clip, exponent, None
     assert self.log_step is not None
     low, high = (log_range - np.log(self._above(b)) for b in self.bounds[::-1])
     log_step = bounded(self.log_step[...], low, high)
+    chosen = None
     if self.choices and restricted:
-      bits = grid.bit_width(jnp.exp(log_step), clip, exponent, **self.extent)
-      allowed = log_range - jnp.log(self._nearest_levels(bits))
+      tops = np.array([self.levels(b)[0] for b in self.choices], np.float32)
+      chosen = self._choice(log_step, clip, exponent)
+      allowed = log_range - jnp.log(jnp.asarray(tops)[chosen])
       log_step += jax.lax.stop_gradient(allowed - log_step)
-    return jnp.exp(log_step), clip, exponent
+    return jnp.exp(log_step), clip, exponent, chosen
 
   @property
   def symmetric(self) -> bool:
     """Whether the grid has as many levels below zero as above, or none."""
-    asked = self.below is not None or not self.narrow_range
-    return self.mid_rise or not (asked and self._may_be_uneven())
+    return self.sides['narrow_range']
 
   @property
   def sides(self) -> dict[str, Any]:
     """What the grid has below zero, as `ops.quantize.quantize` takes it."""
-    return {'narrow_range': self.symmetric} | self.extent
+    return self._sides(self.mid_rise)
 
   def levels(self, bits: float) -> tuple[float, float]:
     """Steps from zero to the highest and to the lowest level, at some bits."""
-    above, below = self._above(bits), self.extent['below']
-    if self.mid_rise:
+    sides = self._sides(self.lacks_zero(bits))
+    narrow = sides.pop('narrow_range')
+    above, below = grid.levels_above(bits, **sides), sides['below']
+    if sides['mid_rise']:
       return above, above
     if below is not None:
       return above, above * below
-    return above, (above + (not self.symmetric)) * self.signed
+    return above, (above + (not narrow)) * self.signed
+
+  def lacks_zero(self, bits: float) -> bool:
+    """Whether the grid has no level at zero, at some bits."""
+    if self.choices and self.may_lack_zero:
+      return bits <= MID_RISE_TO
+    return self.mid_rise
 
   @property
   def extent(self) -> dict[str, Any]:
     """What the bits depend on beside step, clip and exponent, likewise."""
-    uneven = self._may_be_uneven() and not self.mid_rise
+    return self._extent(self.mid_rise)
+
+  def _extent(self, mid_rise: bool) -> dict[str, Any]:
+    uneven = self._may_be_uneven() and not mid_rise
     below = self.below if uneven else None
-    return {'signed': self.signed, 'below': below, 'mid_rise': self.mid_rise}
+    return {'signed': self.signed, 'below': below, 'mid_rise': mid_rise}
+
+  def _sides(self, mid_rise: bool) -> dict[str, Any]:
+    asked = self.below is not None or not self.narrow_range
+    narrow = mid_rise or not (asked and self._may_be_uneven())
+    return {'narrow_range': narrow} | self._extent(mid_rise)
 
   def _may_be_uneven(self) -> bool:
     least = self.bounds[0] if self.fixed_bits is None else self.fixed_bits
     return self.signed and least < NARROW_FROM and self.log_exponent is None
 
-  def _nearest_levels(self, bits):
-    """Levels of the allowed bits that are nearest in octaves."""
+  def nearest(self, bits: float) -> float:
+    """The choice that is nearest in octaves; without choices, `bits`."""
+    if not self.choices:
+      return bits
+    return self.choices[np.searchsorted(self._edges(), bits)]
+
+  def _choice(self, log_step, clip, exponent):
+    """Which of the choices is the nearest to what was learned."""
+    bits = grid.bit_width(jnp.exp(log_step), clip, exponent, **self.extent)
+    return jnp.searchsorted(self._edges(), bits)
+
+  def _edges(self) -> np.ndarray:
+    """From the geometric mean of two choices on, the larger one is nearer."""
     choices = np.array(self.choices, np.float32)
-    # From the geometric mean of two choices on, the larger one is nearer.
-    edges = np.sqrt(choices[1:] * choices[:-1])
-    levels = np.array([self._above(b) for b in self.choices], np.float32)
-    return jnp.asarray(levels)[jnp.searchsorted(edges, bits)]
+    return np.sqrt(choices[1:] * choices[:-1])
 
   def _above(self, bits: float) -> float:
     return grid.levels_above(bits, **self.extent)
@@ -201,23 +238,45 @@ class Quantizer(nnx.Module):
     """Bits of the grid: differentiable, or a whole float if fixed."""
     if self.fixed_bits is not None:
       return self.fixed_bits
-    step, clip, exponent = self.grid(restricted=restricted)
+    step, clip, exponent, chosen = self._grid(restricted)
+    bits = grid.bit_width(step, clip, exponent, **self.extent)
+    if chosen is not None:  # a grid without a zero has other levels
+      whole = jnp.asarray(self.choices, bits.dtype)[chosen]
+      bits += jax.lax.stop_gradient(whole - bits)
     # One grid per channel shares one width: that of its widest channel.
-    return jnp.max(grid.bit_width(step, clip, exponent, **self.extent))
+    return jnp.max(bits)
 
   def __call__(self, x):
     """Quantizes `x`, of any shape; the result has its shape and dtype."""
-    sides = self.sides
     if self.fixed_bits is not None and self.log_exponent is None:
       clip = jnp.exp(self.log_clip[...])
-      return quantize.quantize_lsq(x, clip, self.fixed_bits, **sides)
-    return quantize.quantize(x, *self.grid(), **sides)
+      return quantize.quantize_lsq(x, clip, self.fixed_bits, **self.sides)
+    return self._on_grid(quantize.quantize, x)
 
   def integers(self, x):
     """The whole numbers n, int32, for which `self(x)` is unit * n."""
-    return quantize.quantize_to_int(x, *self.grid(), **self.sides)
+    return self._on_grid(quantize.quantize_to_int, x)
 
   @property
   def unit(self):
     """What one of `integers` is worth: the step, or half of it."""
-    return self.grid()[0] * (0.5 if self.mid_rise else 1.0)
+    step, _, _, chosen = self._grid()
+    return step * jnp.where(self._without_zero(chosen), 0.5, 1.0)
+
+  def _on_grid(self, function, x):
+    """A function of `ops.quantize`, with or without a zero as is chosen."""
+    *parts, chosen = self._grid()
+    without = self._without_zero(chosen)
+    if isinstance(without, bool):
+      return function(x, *parts, **self._sides(without))
+    one, other = (function(x, *parts, **self._sides(m)) for m in (True, False))
+    return jnp.where(without, one, other)
+
+  def _without_zero(self, chosen):
+    """Whether the grid has no level at zero; a bool if that is known."""
+    lacking = [self.lacks_zero(bits) for bits in self.choices]
+    if chosen is None or not lacking:
+      return self.mid_rise
+    if len(set(lacking)) == 1:
+      return lacking[0]
+    return jnp.asarray(lacking)[chosen]
