@@ -31,6 +31,14 @@ def images(input_shape, batch: int | None) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct((first, *input_shape), jnp.float32)
 
 
+def as_float32(outputs):
+  """All floating outputs of a model in float32, the others as they are."""
+  floating = lambda y: jnp.issubdtype(y.dtype, jnp.floating)
+  return jax.tree.map(
+    lambda y: y.astype(jnp.float32) if floating(y) else y, outputs
+  )
+
+
 def export(function: Callable, *args) -> jax.export.Exported:
   """Exports a function for CPU, GPU and TPU.
 

@@ -601,6 +601,33 @@ def test_states_that_are_no_parameters(tmp_path):
   np.testing.assert_array_equal(run(images), wanted)
 
 
+class Positions(tiny.Normed):
+  """Normed with a table that is no Variable, and two outputs."""
+
+  def __init__(self, rngs):
+    super().__init__(rngs)
+    self.shift = jnp.arange(float(tiny.CLASSES))
+
+  def __call__(self, x):
+    y = super().__call__(x)
+    return {'logits': y + self.shift[None], 'best': y.argmax(-1)}
+
+
+def test_a_table_and_several_outputs(tmp_path):
+  sample = tiny.batch(64)['image']
+  net = compress.compress(Positions(nnx.Rngs(0)), (), sample)
+  frozen = compress.freeze(net, tiny.some_plan(net), sample)
+  model = harden.harden(frozen)
+  save(tmp_path / 'artifact', model)
+  wanted = integer.lower(model, 'simulated')(sample)
+  again = load(tmp_path / 'artifact', Positions)
+  run = checkpoint.load_program(tmp_path / 'artifact')
+  for found in (integer.lower(again, 'simulated')(sample), run(sample)):
+    assert found.keys() == wanted.keys()
+    np.testing.assert_array_equal(found['best'], wanted['best'])
+    np.testing.assert_allclose(found['logits'], wanted['logits'], rtol=1e-5)
+
+
 class Tokens(nnx.Module):
   """Takes whole numbers."""
 

@@ -460,6 +460,80 @@ def test_bits_can_be_restricted():
     assert operands.weight.choices == operands.act.choices == (2.0, 4.0, 8.0)
 
 
+class Held(nnx.Module):
+  """Holds something beside a layer."""
+
+  def __init__(self, thing):
+    self.layer = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
+    self.thing = nnx.Variable(thing)
+
+  def __call__(self, x):
+    return self.layer(x)
+
+
+@pytest.mark.parametrize('thing', [2.0, {'x': jnp.ones(3)}])
+def test_what_no_artifact_can_hold_is_refused(thing):
+  message = f'thing holds {type(thing).__name__}, which no artifact can'
+  with pytest.raises(ValueError, match=message):
+    compress.compress(Held(thing), (), jnp.ones((2, 6)))
+
+
+class Deep(nnx.Module):
+  """Runs a layer if it is told to, and draws with a key."""
+
+  def __init__(self):
+    rngs = nnx.Rngs(0)
+    self.first = nnx.Linear(6, 8, rngs=rngs)
+    self.inner = nnx.Linear(8, 8, rngs=rngs)
+    self.head = nnx.Linear(8, 4, rngs=rngs)
+
+  def __call__(self, x, key, deep):
+    x = self.first(x) + jax.random.normal(key, (1, 8))
+    return self.head(jax.lax.cond(deep, self.inner, lambda x: x, x))
+
+
+@standard_promotion
+def test_a_layer_that_does_not_run_is_named():
+  x, key = jnp.ones((2, 6)), jax.random.key(0)
+  compress.compress(Deep(), (), (x, key, jnp.array(True)))
+  with pytest.raises(ValueError, match='layer inner was not run on the calib'):
+    compress.compress(Deep(), (), (x, key, jnp.array(False)))
+
+
+class Unbiased(nnx.Linear):
+  """Promotes no bias."""
+
+  def __call__(self, x):
+    x, kernel = self.promote_dtype((x, self.kernel[...]), dtype=self.dtype)
+    return x @ kernel
+
+
+def test_a_layer_may_leave_its_bias_out():
+  rngs = nnx.Rngs(0)
+  model = nnx.Sequential(Unbiased(6, 8, rngs=rngs), Unbiased(8, 4, rngs=rngs))
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 6)), jnp.float32)
+  net = compress.compress(model, (), x)
+  error = jnp.linalg.norm(net(x) - model(x)) / jnp.linalg.norm(model(x))
+  assert error < 0.03  # of eight bits
+
+
+@standard_promotion
+def test_heads_have_grids_of_their_own():
+  chain = built('attention')
+  net = chain.compress(compress.Rule(pattern='*', per_channel=True))
+  frozen = compress.freeze(net, plan_for(net, {}, 4), chain.x)
+  for path, operands in operands_of(frozen).items():
+    kernel = compress.layer_modules(frozen.model)[path].kernel
+    axes = chain.graph.layers[path].out_axes
+    expected = [n if d in axes else 1 for d, n in enumerate(kernel.shape)]
+    assert operands.weight.log_clip.shape == tuple(expected), path
+  hardened = harden.harden(frozen)
+  np.testing.assert_array_equal(hardened(chain.x), frozen(chain.x))
+  lowered = integer.lower(hardened)
+  assert 'attention/query' not in integer.left_float(hardened)
+  np.testing.assert_allclose(lowered(chain.x), frozen(chain.x), atol=1e-4)
+
+
 @standard_promotion
 def test_a_layer_that_is_used_twice_is_one_layer():
   twice = built('called_twice')

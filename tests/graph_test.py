@@ -1293,22 +1293,22 @@ class LayerTest(parameterized.TestCase):
     self.assertEqual(macs, 6 * 7 * 9)
 
   @parameterized.parameters(
-    ('chain', 'conv1', 'Conv', -1, 2, 3),
-    ('transposed', 'up1', 'ConvTranspose', -1, 2, 3),
-    ('transposed_kernel', 'up1', 'ConvTranspose', -1, 3, 2),
-    ('flatten_4x4', 'hidden', 'Linear', -1, 0, 1),
-    ('einsums', 'b', 'Einsum', -2, 0, 1),
-    ('einsums', 'c', 'Einsum', -2, 1, 0),
-    ('linear_general', 'b', 'LinearGeneral', -2, 0, 1),
-    ('linear_general', 'heads', 'LinearGeneral', -1, 0, None),
-    ('attention', 'attention/out', 'LinearGeneral', None, None, 2),
-    ('per_example', 'head', 'Linear', -1, 0, 1),
+    ('chain', 'conv1', 'Conv', -1, 2, (3,)),
+    ('transposed', 'up1', 'ConvTranspose', -1, 2, (3,)),
+    ('transposed_kernel', 'up1', 'ConvTranspose', -1, 3, (2,)),
+    ('flatten_4x4', 'hidden', 'Linear', -1, 0, (1,)),
+    ('einsums', 'b', 'Einsum', -2, 0, (1,)),
+    ('einsums', 'c', 'Einsum', -2, 1, (0,)),
+    ('linear_general', 'b', 'LinearGeneral', -2, 0, (1,)),
+    ('linear_general', 'heads', 'LinearGeneral', -1, 0, (1, 2)),
+    ('attention', 'attention/out', 'LinearGeneral', None, None, (2,)),
+    ('per_example', 'head', 'Linear', -1, 0, (1,)),
   )
-  def test_axes(self, name, path, kind, feature_axis, in_axis, out_axis):
+  def test_axes(self, name, path, kind, feature_axis, in_axis, out_axes):
     layer = traced(name)[0].layers[path]
     self.assertEqual((layer.path, layer.kind), (path, kind))
-    axes = (layer.feature_axis, layer.in_axis, layer.out_axis)
-    self.assertEqual(axes, (feature_axis, in_axis, out_axis))
+    axes = (layer.feature_axis, layer.in_axis, layer.out_axes)
+    self.assertEqual(axes, (feature_axis, in_axis, out_axes))
 
   def test_every_channel_of_a_layer_is_placed(self):
     for name in ARCHITECTURES:
@@ -1506,6 +1506,11 @@ class ModelTest(parameterized.TestCase):
   def test_needs_a_mac_layer(self):
     model = Net(lambda m, x: nnx.relu(x))
     with self.assertRaisesRegex(ValueError, 'Net calls no MAC layer'):
+      graph.trace(model, shape(2, 3))
+
+  def test_a_layer_is_no_model(self):
+    model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    with self.assertRaisesRegex(ValueError, r'itself \(Linear\).*Sequential'):
       graph.trace(model, shape(2, 3))
 
   def test_needs_a_batch(self):

@@ -369,6 +369,21 @@ def test_what_has_no_integer_product_says_so():
   np.testing.assert_array_equal(integer.lower(model)(x), model(x))
 
 
+class Doubled(nnx.Linear):
+  """Multiplies in a way of its own."""
+
+  def __call__(self, x):
+    x, kernel = self.promote_dtype((x, self.kernel[...]), dtype=self.dtype)
+    return 2 * (x @ kernel)
+
+
+def test_a_class_of_ones_own_keeps_its_product():
+  model = hardened(make(Doubled, 6, 4), 4, 4, signed=True)
+  assert integer.left_float(model)['layer'].startswith('Doubled has no integer')
+  x = images(3, 6)
+  np.testing.assert_array_equal(integer.lower(model)(x), model(x))
+
+
 def test_lower_refuses():
   model = hardened(linear(6, 4), 4, 4, signed=True)
   with pytest.raises(ValueError, match="no execution 'int4'; there are sim"):

@@ -19,6 +19,7 @@ from djpq_jax.checkpoint import program as program_lib
 PACKED = 'packed'  # the array of all integers
 INTEGERS = f'{PACKED} int'  # what the index calls those of so many bits
 ODD = f'{PACKED} odd'  # and those of which each is twice an integer, and 1
+HOOK = '/promote_dtype/'  # in the names of what a layer's operands hold
 LEVELS = 2**24  # above zero or below it; float32 has no more whole numbers
 
 
@@ -117,7 +118,7 @@ def _ends(lowest: int, highest: int) -> tuple[int, int]:
 def skeleton(manifest, dense) -> harden.HardenedModel:
   """The hardened model with shapes in place of arrays."""
   plan = compress.Plan.from_json(manifest['plan'])
-  model = compress.eval_view(nnx.eval_shape(dense))
+  model = compress.eval_view(_abstract(dense, manifest['arrays']))
   args, kwargs = arguments.from_json(
     manifest['arguments'], manifest['input_shape']
   )
@@ -161,6 +162,21 @@ def skeleton(manifest, dense) -> harden.HardenedModel:
     if hook.path in levels:
       hook.layer.kernel = layers.IntegerParam(hook.layer.kernel.get_value())
   return hardened
+
+
+def _abstract(dense, stored):
+  """The dense model with shapes in place of the arrays of its Variables.
+
+  An array that is no Variable, as a table of positions, is no part of a model
+  that was made of shapes alone: such a model is made once with its numbers.
+  """
+  model = nnx.eval_shape(dense)
+  held = {
+    '/'.join(map(str, ('model', *key)))
+    for key, _ in nnx.to_flat_state(nnx.state(model))
+  }
+  own = {n for n in stored if n.startswith('model/') and HOOK not in n}
+  return model if own <= held else graph_lib.abstract(dense())
 
 
 def filled(model, values) -> harden.HardenedModel:

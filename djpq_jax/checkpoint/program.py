@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from djpq_jax import compress
+from djpq_jax import files
 from djpq_jax import graph as graph_lib
 from djpq_jax import harden
 from djpq_jax import integer
@@ -47,7 +48,7 @@ def serialized(
     whole = [(keys[name], v) for name, v in (constants | arrays).items()]
     model = nnx.merge(graphdef, nnx.from_flat_state(whole))
     args, kwargs = call_of(given)
-    return model(*args, **kwargs).astype(jnp.float32)
+    return stablehlo.as_float32(model(*args, **kwargs))
 
   arrays = {
     name: jax.ShapeDtypeStruct(values[name].shape, values[name].dtype)
@@ -58,7 +59,10 @@ def serialized(
     exported = stablehlo.export(predict, arrays, *inputs)
   except stablehlo.NotExportable as error:
     return None, str(error)
-  return xz.compress(bytes(exported.serialize())), ''
+  try:
+    return xz.compress(bytes(exported.serialize())), ''
+  except ValueError as error:  # a class that only its own code can make
+    return None, f'it cannot be stored: {files.first_line(error)}'
 
 
 def names(model: harden.HardenedModel) -> set[str]:
@@ -89,9 +93,10 @@ class Program:
     self._dtypes = [x.dtype for x in exported.in_avals[len(arrays) :]]
     self._call = jax.jit(exported.call)
 
-  def __call__(self, *inputs) -> jax.Array:
+  def __call__(self, *inputs):
     """Images [B, ...] -> logits [B, classes], float32.
 
+    A model with several outputs gives them as it does, in a dict or a tuple.
     A model with other arguments takes the arrays among them, in their order;
     those of a dict, or by name, in that of the names.
     """

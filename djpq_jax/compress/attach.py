@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from djpq_jax import graph as graph_lib
@@ -49,8 +50,17 @@ def compress(
     )
   arrays, _ = graph_lib.split_arrays(args)
   for leaf in arrays:
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+      continue
     if not np.all(np.isfinite(np.asarray(leaf, np.float32))):
       raise ValueError('the calibration batch has values that are not finite')
+  for path, leaf in nnx.to_flat_state(nnx.state(model)):
+    value = graph_lib.value_of(leaf)
+    if not hasattr(value, 'dtype'):
+      raise ValueError(
+        f'{"/".join(map(str, path))} holds {type(value).__name__}, which no '
+        'artifact can: make it an array, each in a Variable of its own'
+      )
   view = wrapped.eval_view(model)
   structure = structure_lib.resolve(graph_lib.trace(view, *args), rules)
   compressed = assemble(model, structure, bits)

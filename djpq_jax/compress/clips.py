@@ -12,12 +12,10 @@ SAMPLES = 100_000  # values of a tensor that a clip is fitted to
 SCALES = 0.2 * 7.5 ** (np.arange(-21, 32) / 31)
 
 
-def of_kernel(kernel, out_axis: int | None = None):
+def of_kernel(kernel, out_axes: tuple[int, ...] = ()):
   """The largest magnitude of a kernel, or of each of its output channels."""
-  axes = tuple(a for a in range(kernel.ndim) if a != out_axis)
-  if out_axis is None:
-    axes = tuple(range(kernel.ndim))
-  largest = jnp.max(jnp.abs(kernel), axis=axes, keepdims=out_axis is not None)
+  axes = tuple(a for a in range(kernel.ndim) if a not in out_axes)
+  largest = jnp.max(jnp.abs(kernel), axis=axes, keepdims=bool(out_axes))
   return jnp.where(largest > 0, largest, 1.0)
 
 
@@ -85,8 +83,9 @@ def asymmetric(
 def _columns(clip: np.ndarray, tensors: Sequence[Any]) -> np.ndarray:
   """Values, [values, grids] or [values, 1]."""
   if clip.ndim:  # one grid per output channel: one column each
-    axis = clip.shape.index(clip.size)
-    x = np.moveaxis(np.asarray(tensors[0], np.float32), axis, -1)
+    x = np.asarray(tensors[0], np.float32)
+    axes = [axis for axis, size in enumerate(clip.shape) if size > 1]
+    x = np.moveaxis(x, axes, range(-len(axes), 0))
     return x.reshape(-1, clip.size)
   x = np.concatenate([np.ravel(np.asarray(t, np.float32)) for t in tensors])
   if x.size > SAMPLES:  # not every n-th: those may be of a few channels alone

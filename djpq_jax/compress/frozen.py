@@ -56,7 +56,7 @@ def freeze(
       continue
     kernel, clip = module.kernel[...], None
     if structure.layers[path].per_channel:
-      clip = clips.of_kernel(kernel, structure.graph.layers[path].out_axis)
+      clip = clips.of_kernel(kernel, structure.graph.layers[path].out_axes)
     bits = plan.weight_bits[path]
     if bits < 2 and bits < operands.weight.bounds[0]:
       raise ValueError(

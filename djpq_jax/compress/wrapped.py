@@ -108,4 +108,11 @@ def look(
   def run(state, arrays):
     nnx.merge(graphdef, state)(*whole(arrays))
 
-  return taps.look(places, run, nnx.as_pure(state), arrays)
+  found = taps.look(places, run, nnx.as_pure(state), arrays)
+  for hook in hooks(model):
+    if not all(hook.path in seen for seen in found):
+      raise ValueError(
+        f'layer {hook.path} was not run on the calibration batch, so nobody '
+        'knows what enters it; give a batch on which it runs'
+      )
+  return found

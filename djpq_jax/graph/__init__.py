@@ -27,7 +27,9 @@ layers/2: is an output of the model
 5
 """
 
+from djpq_jax.graph.marking import abstract
 from djpq_jax.graph.marking import split_arrays
+from djpq_jax.graph.marking import value_of
 from djpq_jax.graph.records import ChannelGraph
 from djpq_jax.graph.records import ChannelGroup
 from djpq_jax.graph.records import MacLayer
@@ -41,8 +43,10 @@ __all__ = [
   'ChannelGroup',
   'MacLayer',
   'ParamSlice',
+  'abstract',
   'batch_size',
   'slice_channels',
   'split_arrays',
   'trace',
+  'value_of',
 ]

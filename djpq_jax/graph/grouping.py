@@ -209,7 +209,7 @@ def _layer(use, kind, index, roots):
     weights=use.weights,
     feature_axis=next(iter(axes)) if len(axes) == 1 else None,
     in_axis=use.in_axes[0] if len(use.in_axes) == 1 else None,
-    out_axis=use.out_axes[0] if len(use.out_axes) == 1 else None,
+    out_axes=use.out_axes,
     in_group=in_group,
     in_channel=in_channel,
     out_group=out_group,

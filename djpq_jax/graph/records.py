@@ -22,7 +22,7 @@ class MacLayer:
       channels; None if several axes are contracted.
     in_axis: kernel axis of the input channels, None if several. The kernel of a
       grouped or depthwise convolution is shorter there than `in_group`.
-    out_axis: kernel axis of the output channels, None if several.
+    out_axes: kernel axes of the output channels, as heads and their features.
     in_group: int [n_in], index into `ChannelGraph.groups` of each input
       channel; -1 where the channel was not traced to a group.
     in_channel: int [n_in], its index inside that group.
@@ -41,7 +41,7 @@ class MacLayer:
   weights: int
   feature_axis: int | None
   in_axis: int | None
-  out_axis: int | None
+  out_axes: tuple[int, ...]
   in_group: np.ndarray
   in_channel: np.ndarray
   out_group: np.ndarray

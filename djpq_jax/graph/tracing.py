@@ -33,8 +33,8 @@ def trace(model: nnx.Module, *args, **kwargs) -> records.ChannelGraph:
     The graph of MAC layers and channel groups.
 
   Raises:
-    ValueError: if there is no array argument, if the model's call fails, or if
-      it calls no MAC layer.
+    ValueError: if there is no array argument, if the model's call fails, if
+      it calls no MAC layer, or is one.
   """
   batch = batch_size(args, kwargs)
   try:
@@ -51,6 +51,11 @@ def trace(model: nnx.Module, *args, **kwargs) -> records.ChannelGraph:
       f'{type(model).__name__} calls no MAC layer (Conv, Linear, '
       'LinearGeneral, Einsum, ConvTranspose or a module like them with a '
       'promote_dtype hook and a kernel)'
+    )
+  if '' in found.ledger.uses:
+    raise ValueError(
+      f'the model is a layer itself ({type(model).__name__}); put it into one '
+      'that holds layers, as nnx.Sequential(layer)'
     )
   graph = dataclasses.replace(
     grouping.build(found, program.kinds),

@@ -166,7 +166,7 @@ def _reason(hook: compress.Hook) -> str | None:
 
 
 def _site(layer) -> planning.Site | None:
-  if isinstance(layer, nnx.Conv) and layer.mask is None:
+  if _is_plain(layer, nnx.Conv) and layer.mask is None:
     window = tuple(layer.kernel_size)
     ones = lambda n: n in (None, 1) or all(d == 1 for d in np.ravel(n))
     return planning.Site(
@@ -176,12 +176,17 @@ def _site(layer) -> planning.Site | None:
       dilated=not ones(layer.kernel_dilation),
       lhs_dilated=not ones(layer.input_dilation),
     )
-  if isinstance(layer, nnx.Linear):
+  if _is_plain(layer, nnx.Linear):
     return planning.Site(contracted=1)
-  general = isinstance(layer, nnx.LinearGeneral) and not layer.batch_axis
+  general = _is_plain(layer, nnx.LinearGeneral) and not layer.batch_axis
   if general and layer.dot_general_cls is None:
     return planning.Site(contracted=len(np.ravel(layer.axis)))
   return None
+
+
+def _is_plain(layer, kind) -> bool:
+  """Whether a layer is of a kind, and multiplies as that does."""
+  return isinstance(layer, kind) and type(layer).__call__ is kind.__call__
 
 
 def _plan(hook: compress.Hook, execution: str) -> planning.Plan:

@@ -86,8 +86,11 @@ class Operands(nnx.Module):
     self.values: Any = nnx.data(None)  # set in a view for the time of a call
 
   def __call__(self, operands, **kwargs):
-    """Returns the gated, quantized and promoted (inputs, kernel, bias)."""
-    inputs, kernel, bias = operands
+    """Returns the gated, quantized and promoted (inputs, kernel, bias).
+
+    A layer without a bias may leave it out.
+    """
+    inputs, kernel, *bias = operands
     inputs = self.entering(inputs)
     KERNELS.see(self.name, kernel)
     with jax.named_scope('quantize'):  # a name for profilers
@@ -95,7 +98,7 @@ class Operands(nnx.Module):
         inputs = self.act(inputs)
       if self.weight is not None:
         kernel = self.weight(kernel)
-    return self.promote((inputs, kernel, bias), **kwargs)
+    return self.promote((inputs, kernel, *bias), **kwargs)
 
   def entering(self, inputs):
     """What is quantized next: the inputs, gated; `INPUTS` sees it."""
