@@ -26,14 +26,15 @@ from djpq_jax import experiment
 from djpq_jax import train
 from djpq_jax import workdir
 
-CONTROLS = {
+CONTROLS: dict[str, dict[str, Any]] = {
   'W8A8': {'method': 'uniform', 'uniform_bits': (8, 8)},
   'W4A4': {'method': 'uniform', 'uniform_bits': (4, 4)},
   'W3A3': {'method': 'uniform', 'uniform_bits': (3, 3)},
   'W2A2': {'method': 'uniform', 'uniform_bits': (2, 2)},
+  'W1A2': {'method': 'uniform', 'uniform_bits': (1, 2)},
 }
-# The search computes with the nearest whole bits, too, not with those between.
-WHOLE_BITS = {'bit_choices': tuple(range(1, 9))}
+# The search computes with the bits between whole ones, too.
+REAL_BITS = {'search': {'whole_bits': False}}
 # What is done otherwise, each alone: a contestant 'DJPQ NAME @BUDGET'.
 FROM_8_BITS = {'search': {'bits': 8.0, 'ramp': 0.7}}
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -51,7 +52,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
   'KL 1e-3': {'search': {'kl_weight': 1e-3}},
   'statistics of the training': {'statistics_batches': 0},
   'without rules': {'rules': ()},
-  'whole bits': WHOLE_BITS,
+  'real-valued bits': REAL_BITS,
 }
 # Likewise, by a rule for all layers after those of the experiment.
 RULES = {
@@ -92,14 +93,14 @@ def contestants(base, budgets, shares=()):
     return {'rules': [*rules, {'pattern': '*', **fields}]}
 
   # What the experiment says of single layers still holds.
-  one_bit = {'rules': [{'pattern': '*', 'weight_bits': (1, 8)}, *rules]}
+  two_bits = {'rules': [{'pattern': '*', 'weight_bits': (2, 8)}, *rules]}
 
   # Trained on for as long, to tell what longer training alone brings.
   rows: dict[str, dict[str, Any]] = {'float': {'method': 'float'}, **CONTROLS}
   for name, control in CONTROLS.items():
     for variant in ('per channel', 'signed inputs', 'with a zero'):
       rows[f'{name} {variant}'] = control | ruled(RULES[variant])
-  rows['W1A2'] = {'method': 'uniform', 'uniform_bits': (1, 2), **one_bit}
+  del rows['W1A2 with a zero']  # of one bit there is none
   methods = {
     'DJPQ': {},
     'DJPQ rates x 10': _rates(base, 10.0),
@@ -111,18 +112,11 @@ def contestants(base, budgets, shares=()):
     'DJPQ-restrict': {'bit_choices': (2, 4, 8, 16, 32)},
     'two-stage': {'method': 'two_stage'},
   }
-  methods['DJPQ kernels of one bit'] = one_bit
-  methods['DJPQ kernels of one bit, from 1 bit'] = one_bit | {
-    'search': {'bits': 1.0}
-  }
-  methods['DJPQ kernels of one bit, whole bits'] = one_bit | WHOLE_BITS
-  methods['two-stage kernels of one bit'] = {'method': 'two_stage', **one_bit}
+  methods['DJPQ two bits or more'] = two_bits
+  methods['DJPQ two bits or more, real-valued'] = two_bits | REAL_BITS
   for share in shares:
     two_stage = {'method': 'two_stage', 'two_stage_macs': share}
     methods[f'two-stage {share:.0%} MACs'] = two_stage
-    methods[f'two-stage {share:.0%} MACs kernels of one bit'] = (
-      two_stage | one_bit
-    )
   for budget in budgets:
     for name, fields in methods.items():
       rows[f'{name} @{budget:.3%}'] = fields | {'budget': budget}

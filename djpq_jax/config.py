@@ -77,6 +77,7 @@ def default() -> ml_collections.ConfigDict:
       'search': {  # for channels and bits
         'epochs': 0.0,
         'bits': 4.0,  # to begin with; more, up to 8, if the budgets allow
+        'whole_bits': True,  # compute with those, as the file; not in between
         'kl_weight': 0.0,  # gamma, of the gates' KL
         'strength': 0.0,  # of log BOPs, in coefficient mode
         'ramp': 0.7,  # of the search: time to reach the budget or strength

@@ -505,8 +505,8 @@ def test_an_unreachable_budget_says_how_far_it_can_go(config, tmp_path, capsys):
   said = refused(capsys, *args, '--set', 'budget=1e-5')
   assert 'a budget of 0.001 %' in said
   percent = float(said.partition('rules allow, ')[2].partition('%')[0])
-  # One of six channels; 2 bits, but 8 for the image.
-  conv, head = 16 * 9 * 1 * 2 * 8, 16 * 3 * 2 * 2
+  # One of six channels; kernels of 1 bit, inputs of 2, but 8 for the image.
+  conv, head = 16 * 9 * 1 * 1 * 8, 16 * 3 * 1 * 2
   expected = (conv + head) / (1024 * (16 * 9 * 6 + 96 * 3))
   assert percent == pytest.approx(100 * expected, abs=1e-4)
 

@@ -154,7 +154,7 @@ def test_defaults():
   found = compress.resolve(built('residual').graph, [])
   first, *rest = found.layers.values()
   assert first.act_bits == (8, 8)  # an image
-  assert first.weight_bits == (2, 8)
+  assert {s.weight_bits for s in found.layers.values()} == {(1, 8)}
   assert {s.act_bits for s in rest} == {(2, 8)}
   assert all(s.quantize and not s.per_channel for s in found.layers.values())
   reasons = {g.name: g.reason for g in found.groups}
@@ -194,6 +194,16 @@ def test_a_rule_keeps_a_group():
   assert reasons['conv2'] == ''
 
 
+@pytest.mark.parametrize(
+  'settings', [dict(exponent=True), dict(narrow_range=True), dict(mid_rise=0)]
+)
+def test_what_needs_a_zero_has_two_bits_by_default(settings):
+  settings = {name: bool(value) for name, value in settings.items()}
+  rules = [compress.Rule(pattern='conv2', **settings)]
+  found = compress.resolve(built('chain').graph, rules).layers
+  assert [s.weight_bits for s in found.values()] == [(1, 8), (2, 8), (1, 8)]
+
+
 def test_later_rules_win_field_by_field():
   rules = [
     compress.Rule(pattern='conv*', weight_bits=(3, 4), align=2),
@@ -201,7 +211,7 @@ def test_later_rules_win_field_by_field():
     compress.Rule(pattern='*', act_bits=(4, 4)),
   ]
   found = compress.resolve(built('chain').graph, rules).layers
-  assert [s.weight_bits for s in found.values()] == [(3, 4), (5, 6), (2, 8)]
+  assert [s.weight_bits for s in found.values()] == [(3, 4), (5, 6), (1, 8)]
   assert [s.align for s in found.values()] == [2, 2, 1]
   assert [s.act_bits for s in found.values()] == [(4, 4)] * 3
   found = compress.resolve(built('chain').graph, rules[1::-1]).layers
@@ -778,7 +788,7 @@ def chain_with_gates():
 def test_usage_equals_counts_by_hand():
   net, _ = chain_with_gates()
   conv2 = operands_of(net)['conv2']
-  conv2.weight.log_step[...] = conv2.weight.log_clip[...] - np.log(7.0)
+  conv2.weight.log_step[...] = conv2.weight.log_clip[...] - np.log(7.5)
   conv2.act.log_step[...] = conv2.act.log_clip[...] - np.log(15.0)
   graphdef, state = nnx.split(net)
   uses = jax.jit(lambda s: compress.usage(nnx.merge(graphdef, s)))(state)
@@ -1131,9 +1141,9 @@ def test_bounds_between_whole_bits_hold():
 
 def test_one_bit_is_not_planned_where_no_rule_allows_it():
   chain = built('chain')
-  net = chain.compress()
+  net = chain.compress(compress.Rule(pattern='*', weight_bits=(2, 8)))
   with pytest.raises(
-    ValueError, match=r'kernel of conv1 one bit.*allow one by .*\(1, 8\)'
+    ValueError, match=r'kernel of conv1 one bit.*\(1, 8\) of a rule allows one'
   ):
     compress.freeze(net, plan_for(net, {}, 1), chain.x)
 
@@ -1150,13 +1160,20 @@ def masked_chain():
 @standard_promotion
 def test_a_masked_kernel_cannot_have_one_bit():
   chain, model = built('chain'), masked_chain()
-  rules = [compress.Rule(pattern='*', prune=False, weight_bits=(1, 8))]
+  rules = [compress.Rule(pattern='*', prune=False)]
+  net = compress.compress(model, rules, chain.x)
+  bounds = {p: o.weight.bounds for p, o in operands_of(net).items()}
+  assert bounds == {'conv1': (1, 8), 'conv2': (2, 8), 'head': (1, 8)}
+  compress.restrict(net, range(1, 9))
+  compress.regrid(net, 2.0, chain.x)
+  held = [o.weight(jnp.zeros(())) for o in operands_of(net).values()]
+  assert [bool(v) for v in held] == [True, False, True]
+  rules.append(compress.Rule(pattern='conv2', weight_bits=(1, 1)))
   with pytest.raises(
-    ValueError, match=r"kernel of conv2 .*pattern='conv2' and weight_bits=\(2"
+    ValueError,
+    match=r"kernel of conv2 .*pattern='conv2' and weight_bits=\(1, 8",
   ):
     compress.compress(model, rules, chain.x)
-  rules.append(compress.Rule(pattern='conv2', weight_bits=(2, 8)))
-  compress.compress(model, rules, chain.x)
 
 
 @standard_promotion

@@ -313,8 +313,8 @@ def test_without_training_and_budget(config, tmp_path):
       r'uniform_bits takes two whole numbers, .*; got \(4,\)',
     ),
     (
-      {'method': 'uniform', 'uniform_bits': (1, 0)},
-      'uniform bits of 1 for weights are what no layer can have',
+      {'method': 'uniform', 'uniform_bits': (0, 0)},
+      'uniform bits of 0 for weights are what no layer can have',
     ),
     (
       {'method': 'uniform', 'uniform_bits': (4, 0)},

@@ -80,9 +80,10 @@ def assemble(
     if not settings.quantize:
       return None
     kernel = modules[path].kernel[...]
+    start = float(np.clip(bits, *settings.weight_bits))
     grid = layers.Quantizer(
       clips.of_kernel(kernel),
-      float(np.clip(bits, *settings.weight_bits)),
+      start,
       signed=True,
       bounds=settings.weight_bits,
       learn_exponent=settings.exponent,
@@ -91,7 +92,7 @@ def assemble(
       may_lack_zero=settings.may_lack_zero,
     )
     # Of one bit the largest magnitude would be that of all weights.
-    return at_bits(grid, bits, [kernel]) if grid.mid_rise else grid
+    return at_bits(grid, start, [kernel]) if start < 2 else grid
 
   def act(path):
     settings = structure.layers[path]
@@ -268,6 +269,26 @@ def needs_zero(held, handed) -> bool:
   return masked or bool(dead or zero.mean() >= SPARSE)
 
 
+def _with_zero(path: str, kernel, quantizer) -> layers.Quantizer:
+  """The grid of a kernel that needs a level at zero: of two bits at least."""
+  low, high = quantizer.bounds
+  if high < 2:
+    raise ValueError(
+      f'the kernel of {path} cannot have one bit, of which no level is at '
+      'zero, since it is masked or has zeros: a rule with '
+      f'pattern={path!r} and weight_bits=(1, 8) allows more'
+    )
+  bounds = (max(2.0, low), high)
+  return layers.Quantizer(
+    clips.of_kernel(kernel),
+    float(np.clip(quantizer.bits(restricted=False), *bounds)),
+    signed=True,
+    bounds=bounds,
+    learn_exponent=quantizer.log_exponent is not None,
+    narrow_range=quantizer.narrow_range,
+  )
+
+
 def _act_quantizer(
   settings, bits, clip, *, signed, below: float | None = None
 ) -> layers.Quantizer:
@@ -339,13 +360,7 @@ def calibrate(
     held = module.kernel[...]
     _check_kernel(path, held, kernels[path])
     if needs_zero(held, kernels[path]):
-      if operands.weight.mid_rise:
-        raise ValueError(
-          f'the kernel of {path} cannot have less than two bits, of which no '
-          'level is at zero, since it is masked or has zeros: a rule with '
-          f'pattern={path!r} and weight_bits=(2, ...) gives it more'
-        )
-      operands.weight.may_lack_zero = False
+      operands.weight = nnx.data(_with_zero(path, held, operands.weight))
     values = [np.asarray(v, np.float32) for v in inputs[path]]
     x = np.concatenate([v.ravel() for v in values])
     kept = percentile

@@ -60,8 +60,9 @@ def freeze(
     bits = plan.weight_bits[path]
     if bits < 2 and bits < operands.weight.bounds[0]:
       raise ValueError(
-        f'the plan gives the kernel of {path} one bit, and its rule two or '
-        f'more: allow one by weight_bits=(1, {operands.weight.bounds[1]:g})'
+        f'the plan gives the kernel of {path} one bit, and it has two or more: '
+        f'weight_bits=(1, {operands.weight.bounds[1]:g}) of a rule allows one, '
+        'unless the kernel needs a level at zero'
       )
     mid_rise = is_mid_rise(structure.layers[path], bits, kernel, kernels[path])
     operands.weight = nnx.data(

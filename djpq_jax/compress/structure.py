@@ -34,9 +34,11 @@ class Rule:
   Attributes:
     pattern: shell-style pattern of layer paths, as 'blocks/*/conv1' or '*'.
     quantize: False leaves the layer's operands in float32.
-    weight_bits: smallest and largest bits of the kernel, within [1, 16]; one
-      bit needs `mid_rise`.
+    weight_bits: smallest and largest bits of the kernel, within [1, 16].
+      Default: 1 to 8, and 2 to 8 where a level at zero is needed, see
+      `mid_rise`.
     act_bits: smallest and largest bits of the input, within [1, 16].
+      Default: 2 to 8, and 8 for what reads the model's input.
     prune: whether the layer's output channels may be removed.  Default: yes,
       but not channels that a residual add ties to other layers.
     align: kept channels come in multiples of this.
@@ -55,9 +57,8 @@ class Rule:
     mid_rise: whether a kernel that gets two bits has its levels half a step
       beside whole steps, -3/2, -1/2, 1/2 and 3/2, in place of -2 to 1.
       Default: yes, but not where `narrow_range` or `exponent` is, nor where a
-      kernel is masked, a channel or a hundredth of it zero.  Where one bit is
-      allowed the grid has no level at zero while bits are searched, either,
-      and all this is an error.
+      kernel is masked, a channel or a hundredth of it zero: such a kernel has
+      two bits at least, since of one bit no level can be at zero.
   """
 
   pattern: str
@@ -203,9 +204,10 @@ class Structure:
 def resolve(graph: graph_lib.ChannelGraph, rules: Iterable[Rule]) -> Structure:
   """Applies the rules to a traced model.
 
-  Defaults: kernels 2 to 8 bits, inputs 2 to 8 bits, but 8 for the layers that
-  read the model's input, which is an image; channels of a residual stream
-  stay; channels that the graph cannot prune stay, with its reason.
+  Defaults: kernels 1 to 8 bits, or 2 to 8 where they need a level at zero;
+  inputs 2 to 8 bits, but 8 for the layers that read the model's input, which
+  is an image; channels of a residual stream stay; channels that the graph
+  cannot prune stay, with its reason.
 
   Raises:
     ValueError: a rule matches no layer, and the message lists the layers; or a
@@ -237,6 +239,8 @@ def _settings(layer: graph_lib.MacLayer, rules) -> LayerSettings:
       del given['pattern']
       fields |= {k: v for k, v in given.items() if v is not None}
   settings = LayerSettings(**fields)
+  if 'weight_bits' not in fields and settings.may_lack_zero:
+    settings = dataclasses.replace(settings, weight_bits=(1, 8))
   _check_least_bits(layer.path, settings)
   if layer.float_reason and settings.quantize:
     raise ValueError(

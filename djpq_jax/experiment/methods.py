@@ -31,8 +31,10 @@ def djpq(run: setting.Run, model) -> compress.Compressed:
 
 def _with_bits(run: setting.Run, model, rules=()) -> compress.Compressed:
   """What a search that learns bits begins with."""
+  config = run.config
   net = phases.compressed(run, model, rules)
-  compress.restrict(net, run.config.bit_choices)
+  every = range(1, compress.MAX_BITS + 1) if config.search.whole_bits else ()
+  compress.restrict(net, config.bit_choices or every)
   return net
 
 
