@@ -35,9 +35,11 @@ def _bits_held(held: int):
   def bits(self, *, restricted: bool = True):
     if self.fixed_bits is not None:
       return self.fixed_bits
+    whole = _BITS(self, restricted=restricted)
     parts = list(self.grid(restricted=restricted))
     parts[held] = jax.lax.stop_gradient(parts[held])
-    return jnp.max(grid.bit_width(*parts, **self.extent))
+    found = jnp.max(grid.bit_width(*parts, **self.extent))
+    return found + jax.lax.stop_gradient(whole - found)
 
   return bits
 
@@ -138,6 +140,7 @@ def _measured_plan(model, budgets, choices=None):
 _STEPS = {'finetune': 1}
 _SEARCH = phases.search
 _PLAN = allocate.plan
+_BITS = layers.Quantizer.bits
 _TOTAL_LOSS = step_lib.total_loss
 _FINETUNE_STATE = phases.finetune_state
 _MAKE = optim.make

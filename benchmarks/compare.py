@@ -33,8 +33,10 @@ CONTROLS: dict[str, dict[str, Any]] = {
   'W2A2': {'method': 'uniform', 'uniform_bits': (2, 2)},
   'W1A2': {'method': 'uniform', 'uniform_bits': (1, 2)},
 }
-# The search computes with the bits between whole ones, too.
-REAL_BITS = {'search': {'whole_bits': False}}
+# Whatever the budget: bits between whole ones, too, and of kernels two at
+# least; or whole ones, and one at least.
+REAL_BITS = {'search': {'whole_bits_below': 0.0}}
+WHOLE_BITS = {'search': {'whole_bits_below': 16.0}}
 # What is done otherwise, each alone: a contestant 'DJPQ NAME @BUDGET'.
 FROM_8_BITS = {'search': {'bits': 8.0, 'ramp': 0.7}}
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -53,6 +55,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
   'statistics of the training': {'statistics_batches': 0},
   'without rules': {'rules': ()},
   'real-valued bits': REAL_BITS,
+  'whole bits': WHOLE_BITS,
 }
 # Likewise, by a rule for all layers after those of the experiment.
 RULES = {
@@ -113,7 +116,6 @@ def contestants(base, budgets, shares=()):
     'two-stage': {'method': 'two_stage'},
   }
   methods['DJPQ two bits or more'] = two_bits
-  methods['DJPQ two bits or more, real-valued'] = two_bits | REAL_BITS
   for share in shares:
     two_stage = {'method': 'two_stage', 'two_stage_macs': share}
     methods[f'two-stage {share:.0%} MACs'] = two_stage

@@ -33,10 +33,13 @@ def images(input_shape, batch: int | None) -> jax.ShapeDtypeStruct:
 
 def as_float32(outputs):
   """All floating outputs of a model in float32, the others as they are."""
-  floating = lambda y: jnp.issubdtype(y.dtype, jnp.floating)
-  return jax.tree.map(
-    lambda y: y.astype(jnp.float32) if floating(y) else y, outputs
-  )
+
+  def converted(y):
+    y = jnp.asarray(y)
+    floating = jnp.issubdtype(y.dtype, jnp.floating)
+    return y.astype(jnp.float32) if floating else y
+
+  return jax.tree.map(converted, outputs)
 
 
 def export(function: Callable, *args) -> jax.export.Exported:

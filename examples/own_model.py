@@ -47,7 +47,6 @@ def main():
   images = batch_at(0)['image']
   model = fit(Net(nnx.Rngs(0)), {'learning_rate': 1e-2})
   net = compress.compress(model, x=images)
-  compress.restrict(net, range(1, 9))  # whole bits, as the file has
   controller = budget.Controller(
     budget=BUDGET, start=float(losses.relative_bops(net)), steps=STEPS
   )

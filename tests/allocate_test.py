@@ -211,7 +211,7 @@ def test_the_smallest_budget_is_reached_exactly():
   plan = allocate.plan(net, least)
   assert relative(net, plan) == pytest.approx(least, rel=1e-12)
   assert all(mask.sum() == 1 for mask in plan.open.values())
-  assert set(plan.weight_bits.values()) == {1}
+  assert set(plan.weight_bits.values()) == {2}
   assert sorted(plan.act_bits.values()) == [2, 2, 2, 2, 8]  # 8: the image
 
 
@@ -329,14 +329,13 @@ def test_without_a_budget_only_rounds():
     for kind in ('weight', 'act'):
       real = float(getattr(operands, kind).bits())
       got = getattr(plan, f'{kind}_bits')[path]
-      # Halfway from one bit to two, in octaves.
-      assert abs(np.log2(got) - np.log2(real)) <= np.log2(2 / 1) / 2 + 1e-5
+      assert abs(np.log2(got) - np.log2(real)) <= np.log2(3 / 2) / 2 + 1e-5
   for g, gate in zip(net.structure.gated, net.gates):
     mask = plan.open[net.structure.groups[g].name]
     np.testing.assert_array_equal(mask, gate.open_mask())
   powers = allocate.plan(net, None, (2, 4, 8))
   for path, bits in allocate.read(net).weight_bits.items():
-    assert powers.weight_bits[path] == 2 ** max(1, round(np.log2(bits)))
+    assert powers.weight_bits[path] == 2 ** round(np.log2(bits))
 
 
 # -- rules --------------------------------------------------------------------
@@ -411,9 +410,9 @@ def test_uniform_is_the_same_everywhere_within_bounds():
 @pytest.mark.parametrize(
   ('bits', 'message'),
   [
-    ((16, 4), r'of 16 for weights .*: the rules allow 1 to 8; take others, or'),
+    ((16, 4), r'of 16 for weights .*: the rules allow 2 to 8; take others, or'),
     ((4, 9), r'of 9 for activations .*: the rules allow 2 to 8, 8 to 8; take'),
-    ((0, 4), 'of 0 for weights'),
+    ((1, 4), 'of 1 for weights'),
     ((4, 1), 'of 1 for activations .* or change act_bits of the rules'),
   ],
 )

@@ -154,7 +154,7 @@ def test_defaults():
   found = compress.resolve(built('residual').graph, [])
   first, *rest = found.layers.values()
   assert first.act_bits == (8, 8)  # an image
-  assert {s.weight_bits for s in found.layers.values()} == {(1, 8)}
+  assert first.weight_bits == (2, 8)
   assert {s.act_bits for s in rest} == {(2, 8)}
   assert all(s.quantize and not s.per_channel for s in found.layers.values())
   reasons = {g.name: g.reason for g in found.groups}
@@ -197,11 +197,15 @@ def test_a_rule_keeps_a_group():
 @pytest.mark.parametrize(
   'settings', [dict(exponent=True), dict(narrow_range=True), dict(mid_rise=0)]
 )
-def test_what_needs_a_zero_has_two_bits_by_default(settings):
+def test_what_needs_a_zero_has_two_bits_in_any_case(settings):
   settings = {name: bool(value) for name, value in settings.items()}
   rules = [compress.Rule(pattern='conv2', **settings)]
-  found = compress.resolve(built('chain').graph, rules).layers
+  graph = built('chain').graph
+  found = compress.resolve(graph, rules, one_bit=True).layers
   assert [s.weight_bits for s in found.values()] == [(1, 8), (2, 8), (1, 8)]
+  rules = [compress.Rule(pattern='conv1', weight_bits=(3, 8))]
+  found = compress.resolve(graph, rules, one_bit=True).layers
+  assert [s.weight_bits for s in found.values()] == [(3, 8), (1, 8), (1, 8)]
 
 
 def test_later_rules_win_field_by_field():
@@ -211,7 +215,7 @@ def test_later_rules_win_field_by_field():
     compress.Rule(pattern='*', act_bits=(4, 4)),
   ]
   found = compress.resolve(built('chain').graph, rules).layers
-  assert [s.weight_bits for s in found.values()] == [(3, 4), (5, 6), (1, 8)]
+  assert [s.weight_bits for s in found.values()] == [(3, 4), (5, 6), (2, 8)]
   assert [s.align for s in found.values()] == [2, 2, 1]
   assert [s.act_bits for s in found.values()] == [(4, 4)] * 3
   found = compress.resolve(built('chain').graph, rules[1::-1]).layers
@@ -527,6 +531,18 @@ def test_a_layer_may_leave_its_bias_out():
   assert error < 0.03  # of eight bits
 
 
+def test_a_kernel_of_one_axis():
+  rngs, init = nnx.Rngs(0), nnx.initializers.normal()
+  model = nnx.Sequential(
+    nnx.Linear(6, 8, rngs=rngs),
+    nnx.Einsum('bd,d->b', (8,), kernel_init=init, rngs=rngs),
+  )
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 6)), jnp.float32)
+  net = compress.compress(model, (), x, choices=range(1, 9))
+  frozen = compress.freeze(net, allocate.plan(net, None), x)
+  np.testing.assert_array_equal(harden.harden(frozen)(x), frozen(x))
+
+
 @standard_promotion
 def test_heads_have_grids_of_their_own():
   chain = built('attention')
@@ -788,7 +804,7 @@ def chain_with_gates():
 def test_usage_equals_counts_by_hand():
   net, _ = chain_with_gates()
   conv2 = operands_of(net)['conv2']
-  conv2.weight.log_step[...] = conv2.weight.log_clip[...] - np.log(7.5)
+  conv2.weight.log_step[...] = conv2.weight.log_clip[...] - np.log(7.0)
   conv2.act.log_step[...] = conv2.act.log_clip[...] - np.log(15.0)
   graphdef, state = nnx.split(net)
   uses = jax.jit(lambda s: compress.usage(nnx.merge(graphdef, s)))(state)
@@ -1141,7 +1157,7 @@ def test_bounds_between_whole_bits_hold():
 
 def test_one_bit_is_not_planned_where_no_rule_allows_it():
   chain = built('chain')
-  net = chain.compress(compress.Rule(pattern='*', weight_bits=(2, 8)))
+  net = chain.compress()
   with pytest.raises(
     ValueError, match=r'kernel of conv1 one bit.*\(1, 8\) of a rule allows one'
   ):
@@ -1161,10 +1177,9 @@ def masked_chain():
 def test_a_masked_kernel_cannot_have_one_bit():
   chain, model = built('chain'), masked_chain()
   rules = [compress.Rule(pattern='*', prune=False)]
-  net = compress.compress(model, rules, chain.x)
+  net = compress.compress(model, rules, chain.x, choices=range(1, 9))
   bounds = {p: o.weight.bounds for p, o in operands_of(net).items()}
   assert bounds == {'conv1': (1, 8), 'conv2': (2, 8), 'head': (1, 8)}
-  compress.restrict(net, range(1, 9))
   compress.regrid(net, 2.0, chain.x)
   held = [o.weight(jnp.zeros(())) for o in operands_of(net).values()]
   assert [bool(v) for v in held] == [True, False, True]

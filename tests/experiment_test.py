@@ -236,6 +236,33 @@ def test_a_search_begins_near_its_budget(config, budgets, expected):
   np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+  ('fields', 'first'),
+  [
+    ({'budget': 0.006}, 1),  # 2.48 bits on average
+    ({'budget': 0.0063}, None),  # 2.54
+    ({'budget': 0.0, 'budget_weights': 0.07}, 1),
+    ({'budget': 0.02, 'budget_weights': 0.07}, 1),
+    ({'budget': 0.0, 'budget_macs': 0.05}, None),
+    ({'budget': 0.0}, None),
+    ({'budget': 0.02, 'search': {'whole_bits_below': 16.0}}, 1),
+    ({'budget': 0.001, 'search': {'whole_bits_below': 0.0}}, None),
+    ({'budget': 0.001, 'bit_choices': (2, 4, 8)}, 2),
+    ({'budget': 0.02, 'method': 'uniform'}, 1),
+  ],
+)
+def test_whole_bits_are_searched_where_few_are_left(config, fields, first):
+  config = untrained(config, **fields)
+  choices = setting.choices_of(config)
+  assert (choices[0] if choices else None) == first
+  run = setting.prepare(config)
+  net = phases.compressed(run, setting.dense_model(run))
+  grids = [hook.operands.weight for hook in compress.hooks(net)]
+  assert {g.bounds[0] for g in grids} == {1 if first == 1 else 2}
+  within = tuple(float(c) for c in choices if c <= 8)
+  assert {g.choices for g in grids} == {within}
+
+
 def test_uniform(config, tmp_path):
   """Learns from a teacher too, which is not tied to a search."""
   config = config_lib.change(

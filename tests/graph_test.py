@@ -1434,6 +1434,32 @@ class LayerTest(parameterized.TestCase):
     expected = dict(first=5 * 64, second=5 * 224, inner=5 * 42, head=28)
     self.assertEqual(macs, expected)
 
+  @parameterized.parameters(1, 2, 32)
+  def test_what_a_loop_carries_is_of_each_example(self, batch):
+    def forward(m, x):
+      xs = x.swapaxes(0, 1)  # steps first
+      graphdef, state = nnx.split(m)
+
+      def body(s, x):
+        layers = nnx.merge(graphdef, state)
+        return nnx.relu(layers.inner(s) + layers.first(x)[None]), None
+
+      s, _ = jax.lax.scan(body, jnp.zeros((1, x.shape[0], 6)), xs)
+      return m.head(s[0])
+
+    def make(rngs):
+      return Net(
+        forward,
+        first=nnx.Linear(8, 6, rngs=rngs),
+        inner=nnx.Linear(6, 6, rngs=rngs),
+        head=nnx.Linear(6, 5, rngs=rngs),
+      )
+
+    model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    found = graph.trace(model, shape(batch, 3, 8))
+    macs = {path: layer.macs for path, layer in found.layers.items()}
+    self.assertEqual(macs, dict(first=3 * 48, inner=3 * 36, head=30))
+
   def test_layers_in_a_loop_count_each_trip(self):
     def forward(m, x):
       graphdef, state = nnx.split(m.shared)

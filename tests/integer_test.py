@@ -379,6 +379,7 @@ class Doubled(nnx.Linear):
 
 def test_a_class_of_ones_own_keeps_its_product():
   model = hardened(make(Doubled, 6, 4), 4, 4, signed=True)
+  assert integer.accumulators(integer.lower(model), images(3, 6)) == {}
   assert integer.left_float(model)['layer'].startswith('Doubled has no integer')
   x = images(3, 6)
   np.testing.assert_array_equal(integer.lower(model)(x), model(x))

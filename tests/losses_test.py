@@ -133,7 +133,7 @@ def test_relative_bops_counts_bits_and_open_gates():
   net = _compressed(compress.Rule(pattern='head', quantize=False))
   net.gates[0].log_sigma2[...] = jnp.asarray([-9.0, 9.0, 9.0, -9.0])
   weight = net.model.conv.promote_dtype.weight
-  weight.log_step[...] = weight.log_clip[...] - jnp.log(jnp.float32(7.5))
+  weight.log_step[...] = weight.log_clip[...] - jnp.log(jnp.float32(7))
   bops = MACS['conv'] / 2 * 4 * 8 + MACS['hidden'] / 2 * 64
   bops += MACS['head'] * 1024
   want = bops / (1024 * sum(MACS.values()))

@@ -19,7 +19,12 @@ SPARSE = 0.01  # share of zeros from which on they are there for a reason
 
 
 def compress(
-  model, rules: Iterable[structure_lib.Rule] = (), x=None, *, bits: float = 8.0
+  model,
+  rules: Iterable[structure_lib.Rule] = (),
+  x=None,
+  *,
+  bits: float = 8.0,
+  choices: Sequence[int] = (),
 ):
   """Attaches gates and quantizers to a copy of a model.
 
@@ -29,6 +34,10 @@ def compress(
     x: a batch of real inputs, or a tuple of arguments: activations are
       calibrated on it.  What is no array is passed on as it is.
     bits: bits that every grid begins with, within its bounds.
+    choices: whole bits that grids may have while they are searched, see
+      `restrict`; if 1 is among them, kernels may have it where no rule states
+      their bits and they need no level at zero.  Without choices bits are
+      real-valued.
 
   Returns:
     A `Compressed` model that computes nearly what `model` does.
@@ -62,9 +71,12 @@ def compress(
         'artifact can: make it an array, each in a Variable of its own'
       )
   view = wrapped.eval_view(model)
-  structure = structure_lib.resolve(graph_lib.trace(view, *args), rules)
+  structure = structure_lib.resolve(
+    graph_lib.trace(view, *args), rules, one_bit=1 in choices
+  )
   compressed = assemble(model, structure, bits)
   calibrate(compressed, *args)
+  restrict(compressed, choices)
   return compressed
 
 
@@ -169,6 +181,7 @@ def regrid(
     kinds: of which grids, those of kernels or of inputs.
   """
   inputs = wrapped.inputs_of(model, *args)
+  wrapped.check_seen(model, inputs)
   for path, module, operands in wrapped.hooks(model):
     if operands.weight is not None and 'weight' in kinds:
       kernel = module.kernel[...]
@@ -264,8 +277,10 @@ def needs_zero(held, handed) -> bool:
   zero = np.asarray(held) == 0
   masked = any(np.any((np.asarray(k) == 0) & ~zero) for k in handed)
   # An input or an output that nothing comes of, however wide the layer is.
-  matrix = zero.reshape(-1, *zero.shape[-2:])
-  dead = matrix.all(axis=(0, 1)).any() or matrix.all(axis=(0, 2)).any()
+  dead = False
+  if zero.ndim > 1:
+    matrix = zero.reshape(-1, *zero.shape[-2:])
+    dead = matrix.all(axis=(0, 1)).any() or matrix.all(axis=(0, 2)).any()
   return masked or bool(dead or zero.mean() >= SPARSE)
 
 
@@ -356,6 +371,7 @@ def calibrate(
     hook.operands.act = nnx.data(None)
   places = [layers.INPUTS, layers.KERNELS]
   inputs, kernels = wrapped.look(model, places, *args)
+  wrapped.check_seen(model, inputs)
   for path, module, operands in quantized:
     held = module.kernel[...]
     _check_kernel(path, held, kernels[path])

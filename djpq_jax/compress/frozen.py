@@ -65,6 +65,8 @@ def freeze(
         'unless the kernel needs a level at zero'
       )
     mid_rise = is_mid_rise(structure.layers[path], bits, kernel, kernels[path])
+    # Nor one whose kernel had zeros when it was searched.
+    mid_rise &= bits < 2 or operands.weight.may_lack_zero
     operands.weight = nnx.data(
       attach.at_bits(
         operands.weight, bits, [kernel], clip, fixed=True, mid_rise=mid_rise

@@ -35,8 +35,7 @@ class Rule:
     pattern: shell-style pattern of layer paths, as 'blocks/*/conv1' or '*'.
     quantize: False leaves the layer's operands in float32.
     weight_bits: smallest and largest bits of the kernel, within [1, 16].
-      Default: 1 to 8, and 2 to 8 where a level at zero is needed, see
-      `mid_rise`.
+      Default: 2 to 8, or 1 to 8 as `resolve` says.
     act_bits: smallest and largest bits of the input, within [1, 16].
       Default: 2 to 8, and 8 for what reads the model's input.
     prune: whether the layer's output channels may be removed.  Default: yes,
@@ -201,13 +200,23 @@ class Structure:
     return tuple(i for i, g in enumerate(self.groups) if not g.reason)
 
 
-def resolve(graph: graph_lib.ChannelGraph, rules: Iterable[Rule]) -> Structure:
+def resolve(
+  graph: graph_lib.ChannelGraph,
+  rules: Iterable[Rule],
+  *,
+  one_bit: bool = False,
+) -> Structure:
   """Applies the rules to a traced model.
 
-  Defaults: kernels 1 to 8 bits, or 2 to 8 where they need a level at zero;
-  inputs 2 to 8 bits, but 8 for the layers that read the model's input, which
-  is an image; channels of a residual stream stay; channels that the graph
-  cannot prune stay, with its reason.
+  Defaults: kernels 2 to 8 bits, inputs 2 to 8 bits, but 8 for the layers that
+  read the model's input, which is an image; channels of a residual stream
+  stay; channels that the graph cannot prune stay, with its reason.
+
+  Args:
+    graph: from `graph.trace`.
+    rules: see `Rule`.
+    one_bit: whether kernels have 1 to 8 bits by default, where they need no
+      level at zero.
 
   Raises:
     ValueError: a rule matches no layer, and the message lists the layers; or a
@@ -224,12 +233,12 @@ def resolve(graph: graph_lib.ChannelGraph, rules: Iterable[Rule]) -> Structure:
       f'rules match no layer: {", ".join(unused)}; the layers are '
       f'{", ".join(graph.layers)}'
     )
-  settings = {p: _settings(l, rules) for p, l in graph.layers.items()}
+  settings = {p: _settings(l, rules, one_bit) for p, l in graph.layers.items()}
   groups = tuple(_group_settings(g, settings) for g in graph.groups)
   return Structure(graph, settings, groups)
 
 
-def _settings(layer: graph_lib.MacLayer, rules) -> LayerSettings:
+def _settings(layer: graph_lib.MacLayer, rules, one_bit: bool) -> LayerSettings:
   fields: dict[str, Any] = {}
   if layer.first:
     fields['act_bits'] = (8, 8)
@@ -239,7 +248,7 @@ def _settings(layer: graph_lib.MacLayer, rules) -> LayerSettings:
       del given['pattern']
       fields |= {k: v for k, v in given.items() if v is not None}
   settings = LayerSettings(**fields)
-  if 'weight_bits' not in fields and settings.may_lack_zero:
+  if one_bit and 'weight_bits' not in fields and settings.may_lack_zero:
     settings = dataclasses.replace(settings, weight_bits=(1, 8))
   _check_least_bits(layer.path, settings)
   if layer.float_reason and settings.quantize:

@@ -108,11 +108,14 @@ def look(
   def run(state, arrays):
     nnx.merge(graphdef, state)(*whole(arrays))
 
-  found = taps.look(places, run, nnx.as_pure(state), arrays)
-  for hook in hooks(model):
-    if not all(hook.path in seen for seen in found):
+  return taps.look(places, run, nnx.as_pure(state), arrays)
+
+
+def check_seen(model: Compressed, seen: taps.Seen) -> None:
+  """Refuses a batch on which a quantized layer does not run."""
+  for path, _, operands in hooks(model):
+    if operands.weight is not None and path not in seen:
       raise ValueError(
-        f'layer {hook.path} was not run on the calibration batch, so nobody '
-        'knows what enters it; give a batch on which it runs'
+        f'layer {path} was not run on the calibration batch, so nobody knows '
+        'what enters it; give a batch on which it runs'
       )
-  return found

@@ -19,7 +19,7 @@ MET = 0.999  # a budget below 1 that asks for nothing
 def djpq(run: setting.Run, model) -> compress.Compressed:
   """Searches channels and bits together, then carries the plan out."""
   config = run.config
-  net = _with_bits(run, model)
+  net = phases.compressed(run, model)
   net = phases.search(
     run, net, model, budgets=run.budgets, epochs=config.search.epochs
   )
@@ -27,15 +27,6 @@ def djpq(run: setting.Run, model) -> compress.Compressed:
   if config.finetune.rewind:
     net = _rewound(net, phases.compressed(run, model))
   return phases.frozen(run, net, plan)
-
-
-def _with_bits(run: setting.Run, model, rules=()) -> compress.Compressed:
-  """What a search that learns bits begins with."""
-  config = run.config
-  net = phases.compressed(run, model, rules)
-  every = range(1, compress.MAX_BITS + 1) if config.search.whole_bits else ()
-  compress.restrict(net, config.bit_choices or every)
-  return net
 
 
 def _rewound(
@@ -69,7 +60,7 @@ def two_stage(run: setting.Run, model) -> compress.Compressed:
   structure = net.structure
   left = allocate.relative_bops(structure, first)
   pruned = compress.fold_gates(phases.frozen(run, net, first))
-  net = _with_bits(run, pruned, [UNPRUNED])
+  net = phases.compressed(run, pruned, [UNPRUNED])
   least = left * allocate.reachable(net, config.bit_choices or None)
   if config.budget < least:
     raise ValueError(
@@ -110,8 +101,8 @@ def before_search(run: setting.Run, model) -> list[compress.Compressed]:
   """What each search of a method begins with, as if none had pruned yet."""
   if run.config.method == 'two_stage':
     first = phases.compressed(run, model, [UNQUANTIZED])
-    return [first, _with_bits(run, model, [UNPRUNED])]
-  return [_with_bits(run, model)]
+    return [first, phases.compressed(run, model, [UNPRUNED])]
+  return [phases.compressed(run, model)]
 
 
 def uniform(run: setting.Run, model) -> compress.Compressed:

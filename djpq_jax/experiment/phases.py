@@ -74,7 +74,12 @@ def float_state(run: setting.Run, model, *, steps: int) -> train.TrainState:
 def compressed(run: setting.Run, model, rules=()) -> compress.Compressed:
   """Attaches gates and quantizers as the config's rules, then `rules`, say."""
   given = setting.rules_of(run.config)
-  net = compress.compress(model, [*given, *rules], run.sample())
+  net = compress.compress(
+    model,
+    [*given, *rules],
+    run.sample(),
+    choices=setting.choices_of(run.config),
+  )
   _agree_on_sides(net)
   return net
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import math
 import pathlib
 from typing import Any
 
@@ -303,7 +304,31 @@ def dense_structure(config) -> compress.Structure:
   model = nnx.eval_shape(lambda: models.create(spec.name, **spec.kwargs))
   sample = jax.ShapeDtypeStruct((2, *model.input_shape), jnp.float32)
   graph = graph_lib.trace(compress.eval_view(model), sample)
-  return compress.resolve(graph, rules_of(config))
+  one_bit = 1 in choices_of(config)
+  return compress.resolve(graph, rules_of(config), one_bit=one_bit)
+
+
+def choices_of(config) -> tuple[int, ...]:
+  """Bits that the search computes with; () for real-valued ones.
+
+  Measured, whole ones do better where few bits are left, and real-valued ones
+  where more are.
+  """
+  few = _average_bits(config) < config.search.whole_bits_below
+  # Uniform bits are whole ones in any case.
+  every = few or config.method == 'uniform'
+  whole = range(1, compress.MAX_BITS + 1) if every else ()
+  return tuple(config.bit_choices or whole)
+
+
+def _average_bits(config) -> float:
+  """What the budgets leave each operand, if all had the same and no more."""
+  bits = [math.inf]
+  if config.budget:
+    bits.append(compress.FLOAT_BITS * math.sqrt(config.budget))
+  if config.budget_weights:
+    bits.append(compress.FLOAT_BITS * config.budget_weights)
+  return min(bits)
 
 
 def rules_of(config) -> list[compress.Rule]:

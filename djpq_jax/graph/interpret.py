@@ -117,6 +117,9 @@ class Interpreter:
   def _control_flow(self, eqn, operands, repeat):
     """Freezes what goes in, and counts the products inside."""
     name = eqn.primitive.name
+    if name != 'cond' and any(x.batched for x in operands):
+      # What a loop carries gets the batch axis as it goes.
+      operands = [dataclasses.replace(x, batched=True) for x in operands]
     reason = f'goes through a {name}, which runs its body as a whole'
     outputs = labels.opaque(self.units, eqn, operands, reason)
     if name == 'scan':

@@ -52,8 +52,12 @@ class Ledger:
     What does not depend on the batch stays: an accelerator computes it once
     for all examples, and for a single one as well.
     """
-    first = (self.batch,)  # of an empty state, say, that nothing has reached
-    free = not any(x.batched or x.shape[:1] == first for x in operands)
+
+    def has_batch(x):  # or is as wide, and equal all along: an empty state
+      spread = x.shape[:1] == (self.batch,) and x.axes[0] is None
+      return x.batched or spread
+
+    free = not any(map(has_batch, operands))
     return count if free else -(-count // self.batch)
 
 
