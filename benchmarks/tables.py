@@ -199,6 +199,7 @@ def text(name: str) -> str:
     'ablations': lambda: ablations('ablations'),
     'ablations_bits': lambda: ablations('ablations_bits'),
     'ablations_zero': lambda: ablations('ablations_zero'),
+    'ablations_whole': lambda: ablations('ablations_whole'),
     'ablations_swish': lambda: ablations('ablations_swish'),
     'alignment': alignment,
     'reliability': reliability,
