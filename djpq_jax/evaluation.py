@@ -25,6 +25,9 @@ def predict(
 
   Returns:
     Logits of the whole batches, in every process.
+
+  Raises:
+    ValueError: an nnx model gives anything but one array.
   """
   if not isinstance(model, nnx.Module):
     return np.concatenate([np.asarray(model(x)) for x in images])
@@ -32,7 +35,13 @@ def predict(
   state = nnx.as_pure(state)
 
   def run(state, x):
-    return nnx.merge(graphdef, state)(x).astype(jnp.float32)
+    logits = nnx.merge(graphdef, state)(x)
+    if not isinstance(logits, jax.Array):
+      raise ValueError(
+        f'the model gives {type(logits).__name__}, where one array of logits '
+        'is wanted'
+      )
+    return logits.astype(jnp.float32)
 
   state, images = _placed(state, images, mesh)
   run = parallel.jit_function(run, mesh) if mesh is not None else jax.jit(run)

@@ -8,6 +8,7 @@ import lzma
 import pathlib
 import pickle
 import shutil
+from typing import NamedTuple
 
 from flax import nnx
 import jax
@@ -572,6 +573,12 @@ def test_the_program_needs_no_class(saved):
   assert run(images[:3]).shape == (3, tiny.CLASSES)
 
 
+def hardened_of(kind, sample):
+  """A hardened model of another class."""
+  net = compress.compress(kind(nnx.Rngs(0)), (), sample)
+  return harden.harden(compress.freeze(net, tiny.some_plan(net), sample))
+
+
 class WithState(tiny.Normed):
   """Normed with dropout, and with whole numbers of its own."""
 
@@ -588,9 +595,7 @@ class WithState(tiny.Normed):
 
 def test_states_that_are_no_parameters(tmp_path):
   sample = tiny.batch(64)['image']
-  net = compress.compress(WithState(nnx.Rngs(0)), (), sample)
-  frozen = compress.freeze(net, tiny.some_plan(net), sample)
-  model = harden.harden(frozen)
+  model = hardened_of(WithState, sample)
   save(tmp_path / 'artifact', model)
   images = tiny.split(40).images
   exact = integer.lower(model, 'simulated')
@@ -618,9 +623,7 @@ class Positions(tiny.Normed):
 
 def test_a_table_and_several_outputs(tmp_path):
   sample = tiny.batch(64)['image']
-  net = compress.compress(Positions(nnx.Rngs(0)), (), sample)
-  frozen = compress.freeze(net, tiny.some_plan(net), sample)
-  model = harden.harden(frozen)
+  model = hardened_of(Positions, sample)
   save(tmp_path / 'artifact', model)
   wanted = integer.lower(model, 'simulated')(sample)
   again = load(tmp_path / 'artifact', Positions)
@@ -629,6 +632,35 @@ def test_a_table_and_several_outputs(tmp_path):
     assert found.keys() == wanted.keys()
     np.testing.assert_array_equal(found['best'], wanted['best'])
     np.testing.assert_allclose(found['logits'], wanted['logits'], rtol=1e-5)
+  with pytest.raises(ValueError, match='gives dict, where one array of logits'):
+    evaluation.predict(model, [sample])
+
+
+class Pair(NamedTuple):
+  """A class of outputs that no file can hold."""
+
+  logits: jax.Array
+  best: jax.Array
+
+
+class Pairs(tiny.Normed):
+  """Normed with outputs of a class of its own."""
+
+  def __call__(self, x):
+    y = super().__call__(x)
+    return Pair(y, y.argmax(-1))
+
+
+def test_outputs_of_a_class_have_no_program(tmp_path):
+  sample = tiny.batch(64)['image']
+  model = hardened_of(Pairs, sample)
+  save(tmp_path / 'artifact', model)
+  wanted = integer.lower(model, 'simulated')(sample)
+  again = load(tmp_path / 'artifact', Pairs)
+  found = integer.lower(again, 'simulated')(sample)
+  np.testing.assert_array_equal(found.best, wanted.best)
+  with pytest.raises(checkpoint.ArtifactError, match='it cannot be stored: '):
+    checkpoint.load_program(tmp_path / 'artifact')
 
 
 class Tokens(nnx.Module):

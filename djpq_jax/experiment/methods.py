@@ -93,8 +93,9 @@ def two_stage(run: setting.Run, model) -> compress.Compressed:
 
 def _left(plan: compress.Plan, share: float) -> dict[str, float]:
   """What a plan leaves of the dense model, as metrics of training say it."""
-  kept = [mask.mean() for mask in plan.open.values() for _ in mask]
-  return {'relative_bops': share, 'kept_fraction': float(np.mean(kept or [1]))}
+  kept = np.concatenate([*plan.open.values(), []])  # of all groups
+  fraction = float(kept.mean()) if kept.size else 1.0
+  return {'relative_bops': share, 'kept_fraction': fraction}
 
 
 def before_search(run: setting.Run, model) -> list[compress.Compressed]:

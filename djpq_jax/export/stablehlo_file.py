@@ -37,7 +37,7 @@ def exported(
     # compiled, by other code than what computes it for `djpq evaluate`: the
     # last bit may differ, and with it how an activation is rounded.
     known = jax.lax.optimization_barrier(state)
-    return stablehlo.as_float32(nnx.merge(graphdef, known)(images))
+    return nnx.merge(graphdef, known)(images).astype(jnp.float32)
 
   try:
     return stablehlo.export(predict, stablehlo.images(input_shape, batch))
@@ -79,7 +79,6 @@ class Loaded:
     self.program = jax.export.deserialize(content)
     self._call = jax.jit(self.program.call)
 
-  def __call__(self, images: np.ndarray):
+  def __call__(self, images: np.ndarray) -> np.ndarray:
     """Images [B, H, W, C] -> logits [B, classes], float32."""
-    outputs = self._call(jnp.asarray(images, jnp.float32))
-    return jax.tree.map(np.asarray, outputs)
+    return np.asarray(self._call(jnp.asarray(images, jnp.float32)))
