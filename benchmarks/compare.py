@@ -56,6 +56,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
   'without rules': {'rules': ()},
   'real-valued bits': REAL_BITS,
   'whole bits': WHOLE_BITS,
+  'whole bits to 2': {'search': {'whole_bits_to': 2}},
+  'whole bits to 3': {'search': {'whole_bits_to': 3}},
 }
 # Likewise, by a rule for all layers after those of the experiment.
 RULES = {

@@ -80,6 +80,7 @@ def default() -> ml_collections.ConfigDict:
         # With whole bits, of kernels from one on, where the budget leaves fewer
         # than so many on average; else with all between, from two on.
         'whole_bits_below': 2.5,
+        'whole_bits_to': 0,
         'kl_weight': 0.0,  # gamma, of the gates' KL
         'strength': 0.0,  # of log BOPs, in coefficient mode
         'ramp': 0.7,  # of the search: time to reach the budget or strength

@@ -163,6 +163,8 @@ def restrict(model: wrapped.Compressed, choices: Sequence[int]) -> None:
       if quantizer is not None:
         low, high = quantizer.bounds
         within = [float(b) for b in choices if low <= b <= high]
+        if float('inf') in choices and within:
+          within.append(float('inf'))
         quantizer.choices = tuple(sorted(within))
 
 

@@ -318,6 +318,8 @@ def choices_of(config) -> tuple[int, ...]:
   # Uniform bits are whole ones in any case.
   every = few or config.method == 'uniform'
   whole = range(1, compress.MAX_BITS + 1) if every else ()
+  if config.search.whole_bits_to and config.method != 'uniform':
+    whole = (*range(1, config.search.whole_bits_to + 1), math.inf)
   return tuple(config.bit_choices or whole)
 
 

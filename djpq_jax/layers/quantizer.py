@@ -163,9 +163,17 @@ class Quantizer(nnx.Module):
     log_step = bounded(self.log_step[...], low, high)
     chosen = None
     if self.choices and restricted:
-      tops = np.array([self.levels(b)[0] for b in self.choices], np.float32)
-      chosen = self._choice(log_step, clip, exponent)
-      allowed = log_range - jnp.log(jnp.asarray(tops)[chosen])
+      learned = grid.bit_width(
+        jnp.exp(log_step), clip, exponent, **self.extent
+      )
+      chosen = jnp.searchsorted(self._edges(), learned)
+      tops = [self.levels(b)[0] for b in self.choices if b < np.inf]
+      top = jnp.asarray(np.array([*tops, 1.0], np.float32))[chosen]
+      if self.choices[-1] == np.inf:
+        extent = self._extent(self.lacks_zero(np.inf))
+        real = grid.levels_above(learned, **extent)
+        top = jnp.where(chosen == len(tops), real, top)
+      allowed = log_range - jnp.log(top)
       log_step += jax.lax.stop_gradient(allowed - log_step)
     return jnp.exp(log_step), clip, exponent, chosen
 
@@ -219,7 +227,8 @@ class Quantizer(nnx.Module):
     """The choice that is nearest in octaves; without choices, `bits`."""
     if not self.choices:
       return bits
-    return self.choices[np.searchsorted(self._edges(), bits)]
+    found = self.choices[np.searchsorted(self._edges(), bits)]
+    return bits if found == np.inf else found
 
   def _choice(self, log_step, clip, exponent):
     """Which of the choices is the nearest to what was learned."""
@@ -229,7 +238,8 @@ class Quantizer(nnx.Module):
   def _edges(self) -> np.ndarray:
     """From the geometric mean of two choices on, the larger one is nearer."""
     choices = np.array(self.choices, np.float32)
-    return np.sqrt(choices[1:] * choices[:-1])
+    edges = np.sqrt(choices[1:] * choices[:-1])
+    return np.where(np.isinf(edges), choices[:-1], edges)
 
   def _above(self, bits: float) -> float:
     return grid.levels_above(bits, **self.extent)
@@ -242,6 +252,10 @@ class Quantizer(nnx.Module):
     bits = grid.bit_width(step, clip, exponent, **self.extent)
     if chosen is not None:  # a grid without a zero has other levels
       whole = jnp.asarray(self.choices, bits.dtype)[chosen]
+      if self.choices[-1] == np.inf:
+        log_step = self._grid(False)[0]
+        learned = grid.bit_width(log_step, clip, exponent, **self.extent)
+        whole = jnp.where(jnp.isinf(whole), learned, whole)
       bits += jax.lax.stop_gradient(whole - bits)
     # One grid per channel shares one width: that of its widest channel.
     return jnp.max(bits)
