@@ -343,7 +343,18 @@ def test_choices_have_the_grids_that_are_left_once_bits_are_fixed(least, bits):
   np.testing.assert_allclose(searched(x), fixed(x), rtol=1e-6)
   np.testing.assert_array_equal(searched.integers(x), fixed.integers(x))
   np.testing.assert_allclose(searched.unit, fixed.unit, rtol=1e-6)
-  # Both parts of the grid learn from the bits, as they do without choices.
+  # What is quantized learns as it does then, and so does the grid, from two
+  # bits on; of one a step has to learn whether more of them would be better.
+  got, want = (
+    jax.grad(lambda x, q=q: jnp.sum(q(x) ** 3))(x) for q in (searched, fixed)
+  )
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  got, want = (
+    _grad(lambda q: jnp.sum(q(x) ** 3), q) for q in (searched, fixed)
+  )
+  if bits > 1:
+    np.testing.assert_allclose(sum(got.values()), want['log_clip'], rtol=1e-4)
+  # Both of its parts learn from the bits, as they do without choices.
   grads = _grad(lambda q: q.bits(), searched)
   assert grads['log_clip'] > 0.5
   np.testing.assert_allclose(grads['log_step'], -grads['log_clip'], rtol=1e-5)

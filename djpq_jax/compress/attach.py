@@ -25,6 +25,7 @@ def compress(
   *,
   bits: float = 8.0,
   choices: Sequence[int] = (),
+  real_above: bool = False,
 ):
   """Attaches gates and quantizers to a copy of a model.
 
@@ -38,6 +39,7 @@ def compress(
       `restrict`; if 1 is among them, kernels may have it where no rule states
       their bits and they need no level at zero.  Without choices bits are
       real-valued.
+    real_above: whether bits above the largest of the choices are real-valued.
 
   Returns:
     A `Compressed` model that computes nearly what `model` does.
@@ -76,7 +78,7 @@ def compress(
   )
   compressed = assemble(model, structure, bits)
   calibrate(compressed, *args)
-  restrict(compressed, choices)
+  restrict(compressed, choices, real_above)
   return compressed
 
 
@@ -150,21 +152,26 @@ def attach_operands(
     modules[path].promote_dtype = nnx.data(operands)
 
 
-def restrict(model: wrapped.Compressed, choices: Sequence[int]) -> None:
+def restrict(
+  model: wrapped.Compressed,
+  choices: Sequence[int],
+  real_above: bool = False,
+) -> None:
   """Lets a model that is searched have no other bits than these, in place.
 
   Args:
     model: compressed, and not frozen.
     choices: allowed bits, as (2, 4, 8, 16, 32); where they leave a layer
       nothing within its bounds, `allocate.plan` refuses them.
+    real_above: whether bits above the largest of them are real-valued; it has
+      no meaning where there is none within the bounds.
   """
   for _, _, operands in wrapped.hooks(model):
     for quantizer in (operands.weight, operands.act):
       if quantizer is not None:
         low, high = quantizer.bounds
         within = [float(b) for b in choices if low <= b <= high]
-        if float('inf') in choices and within:
-          within.append(float('inf'))
+        quantizer.real_above = bool(within) and real_above
         quantizer.choices = tuple(sorted(within))
 
 
@@ -229,6 +236,7 @@ def at_bits(
       fixed=fixed,
       exponent=exponent,
       choices=() if fixed else quantizer.choices,
+      real_above=quantizer.real_above and not fixed,
       narrow_range=quantizer.narrow_range,
       below=below,
       mid_rise=mid_rise,

@@ -78,7 +78,7 @@ def compressed(run: setting.Run, model, rules=()) -> compress.Compressed:
     model,
     [*given, *rules],
     run.sample(),
-    choices=setting.choices_of(run.config),
+    **setting.choices_of(run.config),
   )
   _agree_on_sides(net)
   return net

@@ -304,23 +304,25 @@ def dense_structure(config) -> compress.Structure:
   model = nnx.eval_shape(lambda: models.create(spec.name, **spec.kwargs))
   sample = jax.ShapeDtypeStruct((2, *model.input_shape), jnp.float32)
   graph = graph_lib.trace(compress.eval_view(model), sample)
-  one_bit = 1 in choices_of(config)
+  one_bit = 1 in choices_of(config)['choices']
   return compress.resolve(graph, rules_of(config), one_bit=one_bit)
 
 
-def choices_of(config) -> tuple[int, ...]:
-  """Bits that the search computes with; () for real-valued ones.
+def choices_of(config) -> dict[str, Any]:
+  """Bits that the search computes with, as `compress.compress` takes them.
 
   Measured, whole ones do better where few bits are left, and real-valued ones
   where more are.
   """
+  if config.bit_choices:
+    return {'choices': tuple(config.bit_choices), 'real_above': False}
   few = _average_bits(config) < config.search.whole_bits_below
   # Uniform bits are whole ones in any case.
   every = few or config.method == 'uniform'
-  whole = range(1, compress.MAX_BITS + 1) if every else ()
+  most = compress.MAX_BITS if every else 0
   if config.search.whole_bits_to and config.method != 'uniform':
-    whole = (*range(1, config.search.whole_bits_to + 1), math.inf)
-  return tuple(config.bit_choices or whole)
+    most = config.search.whole_bits_to
+  return {'choices': tuple(range(1, most + 1)), 'real_above': True}
 
 
 def _average_bits(config) -> float:

@@ -84,6 +84,7 @@ class Quantizer(nnx.Module):
     choices: bits that the grid may have, or () for any.  The learned bits go
       to the nearest of them (in octaves), with a straight-through gradient
       [DJPQ-restrict].
+    real_above: whether bits above the largest choice stay as they are learned.
     narrow_range: whether a signed grid has as many levels below zero as above
       it, as the formula of `ops.quantize` says.  If not, it has one more below,
       which two's complement holds: of two bits -2, -1, 0, 1 [LSQ].  A grid
@@ -110,6 +111,7 @@ class Quantizer(nnx.Module):
     fixed: bool = False,
     exponent: float = 1.0,
     choices: Sequence[float] = (),
+    real_above: bool = False,
     narrow_range: bool = True,
     below: float | None = None,
     mid_rise: bool = False,
@@ -120,6 +122,7 @@ class Quantizer(nnx.Module):
     self.bounds = (float(bounds[0]), float(bounds[1]))
     self.fixed_bits = float(bits) if fixed else None
     self.choices = tuple(sorted(map(float, choices)))
+    self.real_above = real_above
     self.narrow_range = narrow_range
     self.below = None if below is None else float(below)
     self.mid_rise = mid_rise
@@ -145,7 +148,7 @@ class Quantizer(nnx.Module):
     return self._grid(restricted)[:3]
 
   def _grid(self, restricted: bool = True):
-    """(step, clip, exponent, which of the choices it is or None)."""
+    """(step, clip, exponent, bits or None if not restricted)."""
     log_clip = self.log_clip[...]
     clip = jnp.exp(log_clip)
     exponent: Any = 1.0
@@ -161,21 +164,16 @@ class Quantizer(nnx.Module):
     assert self.log_step is not None
     low, high = (log_range - np.log(self._above(b)) for b in self.bounds[::-1])
     log_step = bounded(self.log_step[...], low, high)
-    chosen = None
+    bits = None
     if self.choices and restricted:
-      learned = grid.bit_width(
-        jnp.exp(log_step), clip, exponent, **self.extent
-      )
-      chosen = jnp.searchsorted(self._edges(), learned)
-      tops = [self.levels(b)[0] for b in self.choices if b < np.inf]
-      top = jnp.asarray(np.array([*tops, 1.0], np.float32))[chosen]
-      if self.choices[-1] == np.inf:
-        extent = self._extent(self.lacks_zero(np.inf))
-        real = grid.levels_above(learned, **extent)
-        top = jnp.where(chosen == len(tops), real, top)
+      learned = grid.bit_width(jnp.exp(log_step), clip, exponent, **self.extent)
+      bits = self._nearest(learned)
+      top = grid.levels_above(bits, **self._extent(False))
+      without = grid.levels_above(bits, **self._extent(True))
+      top = jnp.where(self.lacks_zero(bits), without, top)
       allowed = log_range - jnp.log(top)
       log_step += jax.lax.stop_gradient(allowed - log_step)
-    return jnp.exp(log_step), clip, exponent, chosen
+    return jnp.exp(log_step), clip, exponent, bits
 
   @property
   def symmetric(self) -> bool:
@@ -224,22 +222,17 @@ class Quantizer(nnx.Module):
     return self.signed and least < NARROW_FROM and self.log_exponent is None
 
   def nearest(self, bits: float) -> float:
-    """The choice that is nearest in octaves; without choices, `bits`."""
-    if not self.choices:
-      return bits
-    found = self.choices[np.searchsorted(self._edges(), bits)]
-    return bits if found == np.inf else found
+    """What a grid whose bits are learned to be these has."""
+    return float(self._nearest(np.float32(bits))) if self.choices else bits
 
-  def _choice(self, log_step, clip, exponent):
-    """Which of the choices is the nearest to what was learned."""
-    bits = grid.bit_width(jnp.exp(log_step), clip, exponent, **self.extent)
-    return jnp.searchsorted(self._edges(), bits)
-
-  def _edges(self) -> np.ndarray:
-    """From the geometric mean of two choices on, the larger one is nearer."""
+  def _nearest(self, bits):
+    """The choice that is nearest in octaves, or the same bits above them."""
     choices = np.array(self.choices, np.float32)
+    # From the geometric mean of two choices on, the larger one is nearer.
     edges = np.sqrt(choices[1:] * choices[:-1])
-    return np.where(np.isinf(edges), choices[:-1], edges)
+    found = jnp.asarray(choices)[jnp.searchsorted(edges, bits)]
+    above = self.real_above and bits > choices[-1]
+    return jnp.where(above, bits, found)
 
   def _above(self, bits: float) -> float:
     return grid.levels_above(bits, **self.extent)
@@ -251,12 +244,7 @@ class Quantizer(nnx.Module):
     step, clip, exponent, chosen = self._grid(restricted)
     bits = grid.bit_width(step, clip, exponent, **self.extent)
     if chosen is not None:  # a grid without a zero has other levels
-      whole = jnp.asarray(self.choices, bits.dtype)[chosen]
-      if self.choices[-1] == np.inf:
-        log_step = self._grid(False)[0]
-        learned = grid.bit_width(log_step, clip, exponent, **self.extent)
-        whole = jnp.where(jnp.isinf(whole), learned, whole)
-      bits += jax.lax.stop_gradient(whole - bits)
+      bits += jax.lax.stop_gradient(chosen - bits)
     # One grid per channel shares one width: that of its widest channel.
     return jnp.max(bits)
 
@@ -265,32 +253,49 @@ class Quantizer(nnx.Module):
     if self.fixed_bits is not None and self.log_exponent is None:
       clip = jnp.exp(self.log_clip[...])
       return quantize.quantize_lsq(x, clip, self.fixed_bits, **self.sides)
-    return self._on_grid(quantize.quantize, x)
+    parts, sides, shift = self._parts()
+    if shift is None:
+      return quantize.quantize(x, *parts, **sides)
+    out = quantize.quantize(x - shift, *parts, **sides) + shift
+    # Of one bit nothing is held back, as in `quantize.quantize_lsq`: its clip
+    # is half a step, and the same as the shift.
+    step, clip, _ = parts
+    beyond = jnp.where((clip < step / 4) & (jnp.abs(x) > shift), x, 0)
+    out += beyond - jax.lax.stop_gradient(beyond)
+    return out.astype(x.dtype)
 
   def integers(self, x):
     """The whole numbers n, int32, for which `self(x)` is unit * n."""
-    return self._on_grid(quantize.quantize_to_int, x)
+    parts, sides, shift = self._parts()
+    if shift is None:
+      return quantize.quantize_to_int(x, *parts, **sides)
+    level = quantize.quantize_to_int(x - shift, *parts, **sides)
+    return jnp.where(shift > 0, 2 * level + 1, level)
 
   @property
   def unit(self):
     """What one of `integers` is worth: the step, or half of it."""
-    step, _, _, chosen = self._grid()
-    return step * jnp.where(self._without_zero(chosen), 0.5, 1.0)
+    step, _, _, bits = self._grid()
+    return step * jnp.where(self._without_zero(bits), 0.5, 1.0)
 
-  def _on_grid(self, function, x):
-    """A function of `ops.quantize`, with or without a zero as is chosen."""
-    *parts, chosen = self._grid()
-    without = self._without_zero(chosen)
+  def _parts(self):
+    """The grid, its sides, and how far it is shifted; None if not at all.
+
+    Where it depends on the bits whether a level is at zero, there is one grid
+    for both: a mid-rise one is that of all levels, half a step higher.
+    """
+    step, clip, exponent, bits = self._grid()
+    without = self._without_zero(bits)
     if isinstance(without, bool):
-      return function(x, *parts, **self._sides(without))
-    one, other = (function(x, *parts, **self._sides(m)) for m in (True, False))
-    return jnp.where(without, one, other)
+      return (step, clip, exponent), self._sides(without), None
+    shift = jnp.where(without, step / 2, 0.0)
+    return (step, clip - shift, exponent), self._sides(False), shift
 
-  def _without_zero(self, chosen):
+  def _without_zero(self, bits):
     """Whether the grid has no level at zero; a bool if that is known."""
-    lacking = [self.lacks_zero(bits) for bits in self.choices]
-    if chosen is None or not lacking:
+    if bits is None:
       return self.mid_rise
-    if len(set(lacking)) == 1:
-      return lacking[0]
-    return jnp.asarray(lacking)[chosen]
+    lacking = {self.lacks_zero(b) for b in self.choices}
+    if self.real_above:
+      lacking.add(self.lacks_zero(np.inf))
+    return self.lacks_zero(bits) if len(lacking) > 1 else lacking.pop()
