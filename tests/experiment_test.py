@@ -19,6 +19,7 @@ from djpq_jax import losses
 from djpq_jax import models
 from djpq_jax import train
 from djpq_jax.data import sources
+from djpq_jax.experiment import layer_rules
 from djpq_jax.experiment import phases
 from djpq_jax.experiment import previewing
 from djpq_jax.experiment import running
@@ -253,7 +254,7 @@ def test_a_search_begins_near_its_budget(config, budgets, expected):
 )
 def test_whole_bits_are_searched_where_few_are_left(config, fields, first):
   config = untrained(config, **fields)
-  choices = setting.choices_of(config)
+  choices = layer_rules.choices_of(config)['choices']
   assert (choices[0] if choices else None) == first
   run = setting.prepare(config)
   net = phases.compressed(run, setting.dense_model(run))

@@ -30,7 +30,7 @@ from djpq_jax import optim
 from djpq_jax import report as report_lib
 from djpq_jax import train
 from djpq_jax import workdir as workdir_lib
-from djpq_jax.experiment import setting
+from djpq_jax.experiment import layer_rules
 from djpq_jax.train import checkpoints as checkpoints_lib
 
 pytestmark = [
@@ -144,8 +144,8 @@ def test_what_a_config_says_of_all_grids_is_a_rule(config):
     ('mid_rise', False),
   ):
     said = config_lib.change(config, **{field: value})
-    assert getattr(setting.rules_of(said)[0], field) is value
-    assert all(getattr(r, field) is None for r in setting.rules_of(config))
+    assert getattr(layer_rules.rules_of(said)[0], field) is value
+    assert all(getattr(r, field) is None for r in layer_rules.rules_of(config))
 
 
 def test_saves_between_looks_say_nothing(tmp_path, capfd):

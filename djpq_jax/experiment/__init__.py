@@ -28,10 +28,10 @@ from djpq_jax.experiment import phases
 from djpq_jax.experiment import previewing
 from djpq_jax.experiment import setting
 from djpq_jax.experiment.deployment import load_artifact
+from djpq_jax.experiment.layer_rules import dense_structure
+from djpq_jax.experiment.layer_rules import rules_of
 from djpq_jax.experiment.methods import METHODS
 from djpq_jax.experiment.setting import SEARCHING
-from djpq_jax.experiment.setting import dense_structure
-from djpq_jax.experiment.setting import rules_of
 
 __all__ = [
   'METHODS',

@@ -25,6 +25,7 @@ from djpq_jax import losses
 from djpq_jax import optim
 from djpq_jax import parallel
 from djpq_jax import train
+from djpq_jax.experiment import layer_rules
 from djpq_jax.experiment import running
 from djpq_jax.experiment import setting
 
@@ -73,12 +74,12 @@ def float_state(run: setting.Run, model, *, steps: int) -> train.TrainState:
 
 def compressed(run: setting.Run, model, rules=()) -> compress.Compressed:
   """Attaches gates and quantizers as the config's rules, then `rules`, say."""
-  given = setting.rules_of(run.config)
+  given = layer_rules.rules_of(run.config)
   net = compress.compress(
     model,
     [*given, *rules],
     run.sample(),
-    **setting.choices_of(run.config),
+    **layer_rules.choices_of(run.config),
   )
   _agree_on_sides(net)
   return net
