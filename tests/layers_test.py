@@ -320,21 +320,23 @@ def test_a_grid_with_no_level_at_zero(bits):
   assert float(q.bits()) == bits
 
 
-@pytest.mark.parametrize('least', [1, 2])
+@pytest.mark.parametrize(('least', 'most'), [(1, 8), (2, 8), (1, 2)])
 @pytest.mark.parametrize('bits', range(1, 6))
-def test_choices_have_the_grids_that_are_left_once_bits_are_fixed(least, bits):
-  choices = tuple(range(least, 9))
+def test_choices_have_the_grids_that_are_left_once_bits_are_fixed(
+  least, most, bits
+):
+  choices = tuple(range(least, most + 1))
+  bits = min(max(bits, least), most)
   kwargs = dict(signed=True, narrow_range=False)
   searched = layers.Quantizer(
     1.5,
-    max(bits, least) + 0.1,
+    bits + 0.1,
     bounds=(least, 8),
     choices=choices,
     mid_rise=least < 2,
     may_lack_zero=True,
     **kwargs,
   )
-  bits = max(bits, least)
   fixed = layers.Quantizer(
     1.5, bits, bounds=(bits, bits), fixed=True, mid_rise=bits < 3, **kwargs
   )
@@ -358,6 +360,32 @@ def test_choices_have_the_grids_that_are_left_once_bits_are_fixed(least, bits):
   grads = _grad(lambda q: q.bits(), searched)
   assert grads['log_clip'] > 0.5
   np.testing.assert_allclose(grads['log_step'], -grads['log_clip'], rtol=1e-5)
+
+
+@pytest.mark.parametrize('least', [1, 2])
+def test_bits_above_the_choices_may_be_real_valued(least):
+  kwargs = dict(bounds=(least, 8), signed=True, narrow_range=False)
+  x = _normal(1000)
+
+  def built(bits, **more):
+    mid_rise = least < 2
+    return layers.Quantizer(
+      1.5, bits, mid_rise=mid_rise, may_lack_zero=True, **kwargs, **more
+    )
+
+  for bits in (3.2, 4.0, 4.7):
+    q = built(bits, choices=range(least, 4), real_above=True)
+    assert q.nearest(bits) == pytest.approx(bits)
+    plain = layers.Quantizer(1.5, bits, **kwargs | {'bounds': (2, 8)})
+    np.testing.assert_allclose(q.bits(), bits, rtol=1e-6)
+    np.testing.assert_allclose(q.grid()[0], plain.grid()[0], rtol=1e-5)
+    np.testing.assert_allclose(q(x), plain(x), rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(q.integers(x), plain.integers(x))
+  for bits, expected in ((2.3, 2), (2.6, 3), (2.99, 3)):
+    q = built(bits, choices=range(least, 4), real_above=True)
+    assert float(q.bits()) == q.nearest(bits) == expected
+    whole = built(bits, choices=range(least, 9))
+    np.testing.assert_array_equal(q(x), whole(x))
 
 
 @pytest.mark.parametrize('fixed', [False, True])

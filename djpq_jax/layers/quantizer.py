@@ -255,13 +255,14 @@ class Quantizer(nnx.Module):
       return quantize.quantize_lsq(x, clip, self.fixed_bits, **self.sides)
     parts, sides, shift = self._parts()
     if shift is None:
-      return quantize.quantize(x, *parts, **sides)
-    out = quantize.quantize(x - shift, *parts, **sides) + shift
-    # Of one bit nothing is held back, as in `quantize.quantize_lsq`: its clip
-    # is half a step, and the same as the shift.
-    step, clip, _ = parts
-    beyond = jnp.where((clip < step / 4) & (jnp.abs(x) > shift), x, 0)
-    out += beyond - jax.lax.stop_gradient(beyond)
+      out = quantize.quantize(x, *parts, **sides)
+    else:
+      out = quantize.quantize(x - shift, *parts, **sides) + shift
+    if 1 in self.choices and self.signed:
+      # Of one bit nothing is held back, as in `quantize.quantize_lsq`.
+      _, clip, _, bits = self._grid()
+      beyond = jnp.where((bits < 2) & (jnp.abs(x) > clip), x, 0)
+      out += beyond - jax.lax.stop_gradient(beyond)
     return out.astype(x.dtype)
 
   def integers(self, x):
