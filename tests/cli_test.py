@@ -7,6 +7,7 @@ import io
 import json
 import pathlib
 import shutil
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -497,6 +498,26 @@ def test_train_refuses_before_it_trains(
     args += ['--set', override]
   for more in ([], ['--dry-run']):
     assert message in refused(capsys, *args, *more)
+  assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+  ('package', 'message'),
+  [
+    ('matplotlib', "pictures need the package 'matplotlib': pip install"),
+    ('sklearn.datasets', "the digits need the package 'sklearn': pip install"),
+  ],
+)
+def test_a_package_that_lacks_is_told_before_it_trains(
+  config, tmp_path, capsys, monkeypatch, package, message
+):
+  monkeypatch.setattr(train, 'fit', None)
+  monkeypatch.setitem(sys.modules, package, None)
+  workdir = tmp_path / 'run'
+  digits = ['--config', 'digits', '--workdir', str(workdir)]
+  ours = ['--config', config, '--workdir', str(workdir)]
+  args = digits if package == 'sklearn.datasets' else ours
+  assert message in refused(capsys, 'train', *args)
   assert not workdir.exists()
 
 

@@ -100,6 +100,7 @@ def carry_out(
   report = None if overwrite else work.report()
   if report is not None:
     return report, True
+  report_lib.check_pictures()  # now, and not once all is trained
   if work.claimed and not overwrite:
     console.print(f'going on with {work.path}')
 

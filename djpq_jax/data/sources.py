@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from djpq_jax import packages
 from djpq_jax.data import stored
 from djpq_jax.data.split import Split
 
@@ -19,8 +20,10 @@ def digits(*, data_dir: str | None = None) -> tuple[Split, Split]:
   generator, so it is the same everywhere.  Needs no `data_dir`.
   """
   del data_dir
-  from sklearn import datasets  # Optional, and slow to import.
-
+  # Slow to import, too.
+  datasets = packages.require(
+    'sklearn.datasets', extra='demo', use='the digits'
+  )
   bunch = datasets.load_digits()
   order = np.random.RandomState(0).permutation(len(bunch.target))
   images = (bunch.images[order, :, :, None] / 16).astype(np.float32)

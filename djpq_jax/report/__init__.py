@@ -29,6 +29,7 @@ from djpq_jax.report.record import KEYS
 from djpq_jax.report.record import LAYER_KEYS
 from djpq_jax.report.record import read
 from djpq_jax.report.record import write
+from djpq_jax.report.style import check_pictures
 from djpq_jax.report.text import headline
 from djpq_jax.report.text import print_report
 from djpq_jax.report.text import summary
@@ -43,6 +44,7 @@ __all__ = [
   'PAGE_NAME',
   'Run',
   'Weights',
+  'check_pictures',
   'count_weights',
   'headline',
   'plot_curves',

@@ -23,9 +23,18 @@ SMALL = 8.5  # points
 COLUMNS = 4  # of a legend
 
 
+def check_pictures() -> None:
+  """Finds out whether pictures can be drawn.
+
+  Raises:
+    ImportError: matplotlib is not installed; the message says how to get it.
+  """
+  packages.require('matplotlib', extra='demo', use='pictures')
+
+
 def figure(title: str, height: float) -> Any:
   """An empty figure of one width with a title, `height` in inches."""
-  packages.require('matplotlib', extra='demo', use='pictures')
+  check_pictures()
   from matplotlib import figure
   from matplotlib import layout_engine
   from matplotlib.backends import backend_agg
