@@ -33,10 +33,10 @@ CONTROLS: dict[str, dict[str, Any]] = {
   'W2A2': {'method': 'uniform', 'uniform_bits': (2, 2)},
   'W1A2': {'method': 'uniform', 'uniform_bits': (1, 2)},
 }
-# Whatever the budget: bits between whole ones, too, and of kernels two at
-# least; or whole ones, and one at least.
-REAL_BITS = {'search': {'whole_bits_below': 0.0}}
-WHOLE_BITS = {'search': {'whole_bits_below': 16.0}}
+# Bits between whole ones everywhere, and of kernels two at least; or whole ones
+# alone, and one at least.
+REAL_BITS = {'search': {'whole_bits_to': 0}}
+WHOLE_BITS = {'search': {'whole_bits_to': 16}}
 # What is done otherwise, each alone: a contestant 'DJPQ NAME @BUDGET'.
 FROM_8_BITS = {'search': {'bits': 8.0, 'ramp': 0.7}}
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -56,8 +56,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
   'without rules': {'rules': ()},
   'real-valued bits': REAL_BITS,
   'whole bits': WHOLE_BITS,
-  'whole bits to 2': {'search': {'whole_bits_to': 2}},
-  'whole bits to 3': {'search': {'whole_bits_to': 3}},
 }
 # Likewise, by a rule for all layers after those of the experiment.
 RULES = {

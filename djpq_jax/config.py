@@ -77,10 +77,9 @@ def default() -> ml_collections.ConfigDict:
       'search': {  # for channels and bits
         'epochs': 0.0,
         'bits': 4.0,  # to begin with; more, up to 8, if the budgets allow
-        # With whole bits, of kernels from one on, where the budget leaves fewer
-        # than so many on average; else with all between, from two on.
-        'whole_bits_below': 2.5,
-        'whole_bits_to': 0,
+        # Bits up to so many are whole ones, of kernels from one on, and above
+        # real-valued; 0 for real-valued ones alone, from two on.
+        'whole_bits_to': 3,
         'kl_weight': 0.0,  # gamma, of the gates' KL
         'strength': 0.0,  # of log BOPs, in coefficient mode
         'ramp': 0.7,  # of the search: time to reach the budget or strength

@@ -8,6 +8,7 @@ float32; `integer.lower` makes it run on the integers themselves, with exact
 sums.
 """
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any
 
@@ -159,11 +160,14 @@ def harden(model: compress.Compressed) -> HardenedModel:
       'harden needs a model whose channels and bits are settled: freeze it '
       'with a plan first'
     )
-  for path, value in nnx.to_flat_state(nnx.state(model)):
-    value = value[...] if isinstance(value, nnx.Variable) else value
-    if jnp.issubdtype(value.dtype, jnp.floating) and not jnp.all(
-      jnp.isfinite(value)
-    ):
+  for path, leaf in nnx.to_flat_state(nnx.state(model)):
+    value = leaf[...] if isinstance(leaf, nnx.Variable) else leaf
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+      continue
+    # What is not learned may be infinite, as a mask of attention.
+    learned = isinstance(leaf, nnx.Param | nnx.BatchStat)
+    bad = ~jnp.isfinite(value) if learned else jnp.isnan(value)
+    if jnp.any(bad):
       raise ValueError(
         f'{"/".join(map(str, path))} is not finite; nothing was hardened'
       )
@@ -173,10 +177,43 @@ def harden(model: compress.Compressed) -> HardenedModel:
   for hook in compress.hooks(hardened):
     if hook.operands.weight is not None:
       _settle(hook)
-  for _, module in nnx.iter_modules(hardened):
-    if isinstance(module, nnx.BatchNorm):
+  read = _read_in_prediction(hardened)
+  for path, module in nnx.iter_modules(hardened):
+    # Its statistics are not read where the model's own code asks for those of
+    # the batch; of another class it may compute something else.
+    if type(module) is nnx.BatchNorm and read((*path, 'mean')):
       _settle_norm(module)
   return hardened
+
+
+def _read_in_prediction(model: HardenedModel) -> Callable[[tuple], bool]:
+  """Tells whether a variable has a part in what the model predicts."""
+  arguments = model.structure.graph.arguments
+  if arguments is None:
+    return lambda path: True
+  graphdef, state = nnx.split(model)
+  paths, leaves = zip(*nnx.to_flat_state(state), strict=True)
+  arrays, whole = graph_lib.split_arrays(arguments)
+
+  def call(leaves, arrays):
+    state = nnx.from_flat_state(zip(paths, leaves, strict=True))
+    args, kwargs = whole(arrays)
+    outputs = nnx.merge(graphdef, state)(*args, **kwargs)
+    return graph_lib.split_arrays(outputs)[0]
+
+  closed = jax.make_jaxpr(call)(leaves, arrays)
+  needed = {id(v) for v in closed.jaxpr.outvars}
+  for eqn in reversed(closed.jaxpr.eqns):
+    if any(id(v) in needed for v in eqn.outvars):
+      needed.update(map(id, eqn.invars))
+  counts = [len(jax.tree.leaves(leaf)) for leaf in leaves]
+  owners = np.repeat(np.arange(len(paths)), counts)
+  read = {
+    paths[owner]
+    for owner, var in zip(owners, closed.jaxpr.invars)
+    if id(var) in needed
+  }
+  return lambda path: path in read
 
 
 def _settle(hook: compress.Hook):
@@ -198,6 +235,8 @@ def _settle_norm(norm: nnx.BatchNorm) -> None:
   """
   if norm.scale is None or norm.bias is None:
     return  # nowhere to put them
+  if any(v[...].dtype != jnp.float32 for v in (norm.scale, norm.bias)):
+    return  # nor exactly enough
   mean, var, scale, bias = (
     np.asarray(v[...], np.float64)
     for v in (norm.mean, norm.var, norm.scale, norm.bias)

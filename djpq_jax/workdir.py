@@ -16,7 +16,7 @@ from djpq_jax.report import record
 CONFIG = 'config.json'
 # What versions did that had no field for it, where the default is another.
 BEFORE = {
-  'search': {'bits': 8.0, 'whole_bits_below': 0.0},
+  'search': {'bits': 8.0, 'whole_bits_to': 0},
   'narrow_range': True,
   'asymmetric': False,
   'mid_rise': False,

@@ -925,6 +925,38 @@ def test_gates_fold_into_a_plain_model(name):
   assert_costs_as_planned(net, frozen, plan, here.x)
 
 
+class Helped(nnx.Module):
+  """With a head that helps it to learn."""
+
+  def __init__(self):
+    rngs = nnx.Rngs(0)
+    self.hidden = nnx.Linear(6, 8, rngs=rngs)
+    self.aux = nnx.Linear(8, 3, rngs=rngs)
+    self.head = nnx.Linear(8, 3, rngs=rngs)
+    self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+  def __call__(self, x):
+    x = nnx.relu(self.hidden(x))
+    logits = self.head(self.dropout(x))
+    return logits if self.dropout.deterministic else (logits, self.aux(x))
+
+
+def test_a_layer_that_runs_in_training_alone():
+  x = np.ones((4, 6), np.float32)
+  with pytest.raises(ValueError, match=r'^aux runs in training alone'):
+    compress.compress(Helped(), x=x)
+  rules = [compress.Rule(pattern='*', prune=False)]
+  net = compress.compress(Helped(), rules, x)
+  plan = compress.Plan(
+    open={},
+    weight_bits={'hidden': 4, 'head': 4},
+    act_bits={'hidden': 8, 'head': 4},
+  )
+  frozen = compress.freeze(net, plan, x)
+  logits, aux = compress.train_view(frozen)(x)
+  assert logits.shape == aux.shape == (4, 3)
+
+
 class Tied(nnx.Module):
   """Two layers with one kernel, which reads gated channels in both."""
 

@@ -238,30 +238,28 @@ def test_a_search_begins_near_its_budget(config, budgets, expected):
 
 
 @pytest.mark.parametrize(
-  ('fields', 'first'),
+  ('fields', 'whole'),
   [
-    ({'budget': 0.006}, 1),  # 2.48 bits on average
-    ({'budget': 0.0063}, None),  # 2.54
-    ({'budget': 0.0, 'budget_weights': 0.07}, 1),
-    ({'budget': 0.02, 'budget_weights': 0.07}, 1),
-    ({'budget': 0.0, 'budget_macs': 0.05}, None),
-    ({'budget': 0.0}, None),
-    ({'budget': 0.02, 'search': {'whole_bits_below': 16.0}}, 1),
-    ({'budget': 0.001, 'search': {'whole_bits_below': 0.0}}, None),
-    ({'budget': 0.001, 'bit_choices': (2, 4, 8)}, 2),
-    ({'budget': 0.02, 'method': 'uniform'}, 1),
+    ({}, (1, 2, 3)),
+    ({'search': {'whole_bits_to': 0}}, ()),
+    ({'search': {'whole_bits_to': 1}}, (1,)),
+    ({'search': {'whole_bits_to': 16}}, tuple(range(1, 9))),
+    ({'bit_choices': (2, 4, 8)}, (2, 4, 8)),
+    ({'method': 'uniform'}, tuple(range(1, 9))),
   ],
 )
-def test_whole_bits_are_searched_where_few_are_left(config, fields, first):
+def test_which_bits_are_whole_while_they_are_searched(config, fields, whole):
   config = untrained(config, **fields)
-  choices = layer_rules.choices_of(config)['choices']
-  assert (choices[0] if choices else None) == first
   run = setting.prepare(config)
   net = phases.compressed(run, setting.dense_model(run))
   grids = [hook.operands.weight for hook in compress.hooks(net)]
-  assert {g.bounds[0] for g in grids} == {1 if first == 1 else 2}
-  within = tuple(float(c) for c in choices if c <= 8)
-  assert {g.choices for g in grids} == {within}
+  least = 1 if 1 in whole else 2
+  assert {g.bounds for g in grids} == {(least, 8)}
+  assert {g.choices for g in grids} == {whole}
+  above = bool(whole) and 'bit_choices' not in fields
+  assert {g.real_above for g in grids} == {above}
+  structure = layer_rules.dense_structure(config)
+  assert structure.layers == net.structure.layers
 
 
 def test_uniform(config, tmp_path):

@@ -265,6 +265,41 @@ def test_what_has_no_form_is_refused_by_name(tmp_path):
   assert found.deviation.fault(strict=True) == ''
 
 
+class Two(tiny.Mlp):
+  def __call__(self, x, scale):
+    return super().__call__(x * scale)
+
+
+class Recurrent(nnx.Module):
+  def __init__(self):
+    self.rnn = nnx.RNN(nnx.SimpleCell(4, 4, rngs=nnx.Rngs(0)))
+    self.head = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+
+  def __call__(self, x):
+    return self.head(self.rnn(x)[:, -1])
+
+
+@pytest.mark.parametrize('batch', [None, 2])
+def test_what_is_no_model_of_images_is_refused(batch, tmp_path):
+  images = tiny.batch(8)['image']
+  scale = np.ones((8, 1, 1, 1), np.float32)
+  for model, x, match in (
+    (
+      Two(nnx.Rngs(0)),
+      (images, scale),
+      'the model takes 2 arrays, and an onnx file one',
+    ),
+    (Recurrent(), (images[..., 0],), 'hands keys of random numbers on, as nnx'),
+  ):
+    net = compress.compress(model, x=x)
+    frozen = compress.freeze(net, tiny.some_plan(net), *x)
+    hardened = harden.harden(frozen)
+    path = tmp_path / 'model'
+    with pytest.raises(ValueError, match=match):
+      export.export(hardened, path, x[0], format='onnx', batch=batch)
+  assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
   ('kwargs', 'match'),
   [

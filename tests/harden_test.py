@@ -331,6 +331,39 @@ def test_what_is_not_finite_is_named(path, bad):
     harden.harden(broken)
 
 
+class Stated(nnx.Module):
+  """A batch norm of some kind, and an array that nobody learns."""
+
+  def __init__(self, *, param_dtype=jnp.float32, running=None):
+    rngs = nnx.Rngs(0)
+    self.hidden = nnx.Linear(6, 12, rngs=rngs)
+    self.bn = nnx.BatchNorm(12, param_dtype=param_dtype, rngs=rngs)
+    self.bn.mean[...] = jnp.linspace(-20, 20, 12)
+    self.bn.var[...] = jnp.linspace(1, 9, 12)
+    self.head = nnx.Linear(12, 5, rngs=rngs)
+    self.mask = nnx.Variable(jnp.where(jnp.arange(5) == 3, -jnp.inf, 0.0))
+    self.running = running
+
+  def __call__(self, x):
+    x = self.bn(self.hidden(x), use_running_average=self.running)
+    return self.head(nnx.relu(x)) + self.mask[...][None]
+
+
+@pytest.mark.parametrize('running', [None, True, False])
+@pytest.mark.parametrize('param_dtype', [jnp.float32, jnp.bfloat16])
+def test_batch_norm_as_the_model_asks_for_it(running, param_dtype):
+  x = np.random.default_rng(0).normal(size=(16, 6)).astype(np.float32)
+  net = compress.compress(Stated(param_dtype=param_dtype, running=running), x=x)
+  bits = {'hidden': 4, 'head': 4}
+  plan = compress.Plan(open={}, weight_bits=bits, act_bits=bits)
+  frozen = compress.freeze(net, plan, x)
+  hardened = harden.harden(frozen)
+  want = compress.eval_view(frozen)(x)
+  np.testing.assert_allclose(hardened(x), want, rtol=1e-5, atol=1e-5)
+  settled = running is not False and param_dtype == jnp.float32
+  assert (not hardened.model.bn.mean[...].any()) == settled
+
+
 @pytest.mark.parametrize(
   ('largest', 'unsigned', 'signed'),
   [(1, 1, 2), (2, 2, 3), (3, 2, 3), (4, 3, 4), (127, 7, 8)]

@@ -385,6 +385,16 @@ def test_a_class_of_ones_own_keeps_its_product():
   np.testing.assert_array_equal(integer.lower(model)(x), model(x))
 
 
+def test_a_product_of_ones_own_stays():
+  def product(x, kernel, dimensions, **kwargs):
+    return jnp.tanh(jax.lax.dot_general(x, kernel, dimensions, **kwargs))
+
+  model = hardened(linear(6, 4, dot_general=product), 4, 4, signed=True)
+  assert integer.left_float(model)['layer'].startswith('Linear has no integer')
+  x = images(3, 6)
+  np.testing.assert_array_equal(integer.lower(model)(x), model(x))
+
+
 def test_lower_refuses():
   model = hardened(linear(6, 4), 4, 4, signed=True)
   with pytest.raises(ValueError, match="no execution 'int4'; there are sim"):

@@ -78,8 +78,8 @@ TABLE = (
   # It runs the model and the file, so it stands after evaluation.
   Row(
     'export',
-    'ops compress harden integer evaluation packages files machine stablehlo '
-    'calls',
+    'ops graph compress harden integer evaluation packages files machine '
+    'stablehlo calls',
     'jax numpy flax.nnx',
   ),
   Row('train', 'ABOVE', 'jax numpy optax flax.nnx chex orbax'),

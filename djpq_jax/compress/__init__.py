@@ -18,6 +18,7 @@ from djpq_jax.compress.attach import restrict as restrict
 from djpq_jax.compress.frozen import fold_gates as fold_gates
 from djpq_jax.compress.frozen import freeze as freeze
 from djpq_jax.compress.structure import MAX_BITS as MAX_BITS
+from djpq_jax.compress.structure import WHOLE_TO as WHOLE_TO
 from djpq_jax.compress.structure import GroupSettings as GroupSettings
 from djpq_jax.compress.structure import LayerSettings as LayerSettings
 from djpq_jax.compress.structure import Plan as Plan

@@ -25,7 +25,7 @@ def compress(
   *,
   bits: float = 8.0,
   choices: Sequence[int] = (),
-  real_above: bool = False,
+  whole_to: int = structure_lib.WHOLE_TO,
 ):
   """Attaches gates and quantizers to a copy of a model.
 
@@ -35,18 +35,20 @@ def compress(
     x: a batch of real inputs, or a tuple of arguments: activations are
       calibrated on it.  What is no array is passed on as it is.
     bits: bits that every grid begins with, within its bounds.
-    choices: whole bits that grids may have while they are searched, see
-      `restrict`; if 1 is among them, kernels may have it where no rule states
-      their bits and they need no level at zero.  Without choices bits are
-      real-valued.
-    real_above: whether bits above the largest of the choices are real-valued.
+    choices: whole bits that grids may have while they are searched, and no
+      others, see `restrict`; by default any.
+    whole_to: without choices, bits up to so many are whole while they are
+      searched, and real-valued above [our choice]; 0 for real-valued ones
+      alone.  If one bit is among the choices or the whole ones, kernels may
+      have it where no rule states their bits and they need no level at zero.
 
   Returns:
     A `Compressed` model that computes nearly what `model` does.
 
   Raises:
-    ValueError: a rule matches no layer, `x` is missing or not finite, or the
-      model cannot be traced, or is compressed already.
+    ValueError: a rule matches no layer, `x` is missing or not finite, the
+      model cannot be traced, is compressed already, or has a layer that runs in
+      training alone.
   """
   if isinstance(model, wrapped.Compressed):
     raise ValueError(
@@ -54,6 +56,7 @@ def compress(
       'be lost; pass the model that it was made of, or what '
       'compress.fold_gates makes of it'
     )
+  whole = tuple(choices) or tuple(range(1, whole_to + 1))
   args = x if isinstance(x, tuple) else (x,)
   if x is None or any(isinstance(a, jax.ShapeDtypeStruct) for a in args):
     raise ValueError(
@@ -74,12 +77,30 @@ def compress(
       )
   view = wrapped.eval_view(model)
   structure = structure_lib.resolve(
-    graph_lib.trace(view, *args), rules, one_bit=1 in choices
+    graph_lib.trace(view, *args), rules, one_bit=1 in whole
   )
+  _check_training(model, structure, args)
   compressed = assemble(model, structure, bits)
   calibrate(compressed, *args)
-  restrict(compressed, choices, real_above)
+  restrict(compressed, whole, real_above=not choices)
   return compressed
+
+
+def _check_training(model, structure: structure_lib.Structure, args) -> None:
+  """Refuses layers that run in training alone: cuts would not reach them."""
+  if not structure.gated:
+    return
+  try:
+    called = graph_lib.layers_called(wrapped.train_view(model), *args)
+  except Exception:  # it may predict all the same; training will say why not
+    return
+  more = sorted(called - structure.graph.layers.keys())
+  if more:
+    raise ValueError(
+      f'{", ".join(more)} runs in training alone, where channels may be cut '
+      'that it reads: compress the model without it, or state prune=False for '
+      'all layers'
+    )
 
 
 def assemble(
@@ -155,6 +176,7 @@ def attach_operands(
 def restrict(
   model: wrapped.Compressed,
   choices: Sequence[int],
+  *,
   real_above: bool = False,
 ) -> None:
   """Lets a model that is searched have no other bits than these, in place.

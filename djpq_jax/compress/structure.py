@@ -12,6 +12,8 @@ import numpy as np
 from djpq_jax import graph as graph_lib
 
 LEAST_KEPT = 8  # one channel in so many stays by default
+# Bits up to so many are whole while they are searched.
+WHOLE_TO = 3
 MAX_BITS = 16  # products of wider integers are no longer exact in float32
 # Fields of a rule that are true or false.
 FLAGS = (

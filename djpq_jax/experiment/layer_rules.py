@@ -1,7 +1,6 @@
 """What a config says of layers: their rules, and bits that they may have."""
 
 import dataclasses
-import math
 from typing import Any
 
 from flax import nnx
@@ -29,31 +28,14 @@ def rules_of(config) -> list[compress.Rule]:
   return [compress.Rule(**rule) for rule in rules]
 
 
-def choices_of(config) -> dict[str, Any]:
-  """Bits that the search computes with, as `compress.compress` takes them.
-
-  Measured, whole ones do better where few bits are left, and real-valued ones
-  where more are.
-  """
+def bits_of(config) -> dict[str, Any]:
+  """Bits that the search computes with, as `compress.compress` takes them."""
   if config.bit_choices:
-    return {'choices': tuple(config.bit_choices), 'real_above': False}
-  few = _average_bits(config) < config.search.whole_bits_below
+    return {'choices': tuple(config.bit_choices)}
   # Uniform bits are whole ones in any case.
-  every = few or config.method == 'uniform'
-  most = compress.MAX_BITS if every else 0
-  if config.search.whole_bits_to and config.method != 'uniform':
-    most = config.search.whole_bits_to
-  return {'choices': tuple(range(1, most + 1)), 'real_above': True}
-
-
-def _average_bits(config) -> float:
-  """What the budgets leave each operand, if all had the same and no more."""
-  bits = [math.inf]
-  if config.budget:
-    bits.append(compress.FLOAT_BITS * math.sqrt(config.budget))
-  if config.budget_weights:
-    bits.append(compress.FLOAT_BITS * config.budget_weights)
-  return min(bits)
+  uniform = config.method == 'uniform'
+  most = compress.MAX_BITS if uniform else config.search.whole_bits_to
+  return {'whole_to': most}
 
 
 def dense_structure(config) -> compress.Structure:
@@ -62,5 +44,6 @@ def dense_structure(config) -> compress.Structure:
   model = nnx.eval_shape(lambda: models.create(spec.name, **spec.kwargs))
   sample = jax.ShapeDtypeStruct((2, *model.input_shape), jnp.float32)
   graph = graph_lib.trace(compress.eval_view(model), sample)
-  one_bit = 1 in choices_of(config)['choices']
+  bits = bits_of(config)
+  one_bit = bits.get('whole_to', 0) > 0 or 1 in bits.get('choices', ())
   return compress.resolve(graph, rules_of(config), one_bit=one_bit)

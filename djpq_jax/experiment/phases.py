@@ -79,7 +79,7 @@ def compressed(run: setting.Run, model, rules=()) -> compress.Compressed:
     model,
     [*given, *rules],
     run.sample(),
-    **layer_rules.choices_of(run.config),
+    **layer_rules.bits_of(run.config),
   )
   _agree_on_sides(net)
   return net

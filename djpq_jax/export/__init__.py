@@ -14,6 +14,7 @@ import numpy as np
 
 from djpq_jax import evaluation
 from djpq_jax import files
+from djpq_jax import graph as graph_lib
 from djpq_jax import harden
 from djpq_jax import integer
 from djpq_jax.export import onnx_file
@@ -89,6 +90,12 @@ def export(
   """
   if format not in FORMATS:
     raise ValueError(f'no format {format!r}; known: {", ".join(FORMATS)}')
+  arrays = _arrays(model)
+  if arrays > 1:
+    raise ValueError(
+      f'the model takes {arrays} arrays, and an {format} file one batch of '
+      'images; the artifact has a program of all, see checkpoint.load_program'
+    )
   path = _place(path)
   if format == 'stablehlo':
     _place(stablehlo_file.manifest_path(path))
@@ -126,6 +133,12 @@ def export(
     operators=operators,
     facts_path=facts_path,
   )
+
+
+def _arrays(model: harden.HardenedModel) -> int:
+  """How many arrays a model takes, as far as it says."""
+  arguments = model.structure.graph.arguments
+  return len(graph_lib.split_arrays(arguments)[0]) if arguments else 1
 
 
 def _place(path) -> pathlib.Path:

@@ -98,8 +98,13 @@ def trace(
       operands.act = nnx.data(_Marker(input_p, path))
       operands.weight = nnx.data(_Marker(kernel_p, path))
   x = jax.ShapeDtypeStruct(shape(input_shape, batch), jnp.float32)
+  graphdef, state = nnx.split(marked)
+
+  def call(x):  # which may count what it draws, so not `marked` itself
+    return nnx.merge(graphdef, nnx.as_pure(state))(x)
+
   try:
-    jaxpr = jax.make_jaxpr(reproducible.reproducible(marked))(x)
+    jaxpr = jax.make_jaxpr(reproducible.reproducible(call))(x)
   except Exception as error:
     open_batch = ' with an open batch; a fixed one may do' * (batch is None)
     first = (str(error).splitlines() or [''])[0]

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from jax.extend import core as jex_core
+import jax.numpy as jnp
 import numpy as np
 
 from djpq_jax import calls
@@ -91,7 +92,7 @@ class Translator:
     self._image = self.graph.name(input_name)
     self.graph.dims[self._image] = dims
     image = Tensor(input_name, dims, tuple(range(len(dims))))
-    consts = [Constant(np.asarray(c)) for c in closed.consts]
+    consts = [_constant(c) for c in closed.consts]
     (result,) = self._call(closed.jaxpr, consts, [image])
     (aval,) = closed.out_avals
     tensor = self.full(result, aval.shape)
@@ -122,7 +123,7 @@ class Translator:
     called = calls.inner(eqn)
     if called is not None:
       inner, consts = called
-      known = [Constant(np.asarray(c)) for c in consts]
+      known = [_constant(c) for c in consts]
       return self._call(inner, known, values)
     if name not in self.rules and not all(
       isinstance(v, Constant) for v in values
@@ -280,3 +281,13 @@ ELEMENTWISE = set(
   optimization_barrier copy_p
   """.split()
 )
+
+
+def _constant(x) -> Constant:
+  """An array that the model has a use for."""
+  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    raise nodes.ExportError(
+      'the model hands keys of random numbers on, as nnx.RNN does: they have '
+      'no translation to ONNX'
+    )
+  return Constant(np.asarray(x))

@@ -36,6 +36,7 @@ from djpq_jax.graph.records import MacLayer
 from djpq_jax.graph.records import ParamSlice
 from djpq_jax.graph.surgery import slice_channels
 from djpq_jax.graph.tracing import batch_size
+from djpq_jax.graph.tracing import layers_called
 from djpq_jax.graph.tracing import trace
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
   'ParamSlice',
   'abstract',
   'batch_size',
+  'layers_called',
   'slice_channels',
   'split_arrays',
   'trace',

@@ -64,6 +64,24 @@ def trace(model: nnx.Module, *args, **kwargs) -> records.ChannelGraph:
   return _verified(graph, model, args, kwargs, program)
 
 
+def layers_called(model: nnx.Module, *args, **kwargs) -> set[str]:
+  """Paths of the MAC layers that a call runs; arguments as `trace` has them.
+
+  Raises:
+    Exception: what the model's call raises.
+  """
+  program = marking.program(model, args, kwargs)
+  return set(_marked(program.jaxpr))
+
+
+def _marked(closed):
+  for eqn in getattr(closed, 'jaxpr', closed).eqns:
+    if eqn.primitive is marking.mark_p:
+      yield eqn.params['layer']
+    for inner in jex_core.jaxprs_in_params(eqn.params):
+      yield from _marked(inner)
+
+
 _is_array = marking.is_array
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from flax import nnx
+from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
@@ -186,7 +187,13 @@ def _site(layer) -> planning.Site | None:
 
 def _is_plain(layer, kind) -> bool:
   """Whether a layer is of a kind, and multiplies as that does."""
-  return isinstance(layer, kind) and type(layer).__call__ is kind.__call__
+  usual = (None, lax.dot_general, lax.conv_general_dilated)
+  return (
+    isinstance(layer, kind)
+    and type(layer).__call__ is kind.__call__
+    and getattr(layer, 'dot_general', None) in usual
+    and getattr(layer, 'conv_general_dilated', None) in usual
+  )
 
 
 def _plan(hook: compress.Hook, execution: str) -> planning.Plan:
