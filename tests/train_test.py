@@ -65,11 +65,11 @@ class Counted:
     return self.step(state, batch)
 
 
-def searching(strength):
+def searching(strength, rules=()):
   objective = train.Objective(
     noisy=True, kl_weight=1e-3, strength=strength, ramp_steps=STEPS // 2
   )
-  model = tiny.compressed()
+  model = tiny.compressed(rules=rules)
   return train.init(model, objective, optim.make(RATES, STEPS), seed=7)
 
 
@@ -465,9 +465,11 @@ def test_bad_weights_stop_the_run_and_are_named(search):
     train.fit(broken, batch_at, 4)
 
 
-def test_overflow_stops_the_run_and_names_the_layer(search):
+def test_overflow_stops_the_run_and_names_the_layer():
   huge = np.finfo(np.float32).max
-  state = with_weight(search, 'model/hidden/kernel', huge)
+  # Bits of grids that may have one are counted up to twice the clip.
+  rules = [compress.Rule(pattern='*', weight_bits=(2, 8))]
+  state = with_weight(searching(0.02, rules), 'model/hidden/kernel', huge)
   quantizers = state.params['quantizers']
   hook = quantizers['model']['hidden']['promote_dtype']['weight']
   hook['log_clip'] = jnp.full_like(hook['log_clip'], 88.7)
