@@ -319,13 +319,14 @@ def count(model: HardenedModel, *args) -> list[LayerReport]:
         weights=now.weights,
       )
     )
-  return rows + [_product(name, macs) for name, macs in traced.other_macs]
+  pairs = zip(traced.products, dense.products, strict=True)
+  return rows + [_product(now, was.macs) for now, was in pairs]
 
 
-def _product(name: str, macs: int) -> LayerReport:
+def _product(product: graph_lib.Product, float_macs: int) -> LayerReport:
   bits = compress.FLOAT_BITS
   return LayerReport(
-    name=name,
+    name=product.name,
     kind='product',
     in_size=0,
     out_size=0,
@@ -333,9 +334,9 @@ def _product(name: str, macs: int) -> LayerReport:
     kept_out=0,
     weight_bits=bits,
     act_bits=bits,
-    macs=macs,
-    float_macs=macs,
-    bops=macs * bits * bits,
+    macs=product.macs,
+    float_macs=float_macs,
+    bops=product.macs * bits * bits,
     weights=0,
   )
 

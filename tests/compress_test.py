@@ -856,11 +856,61 @@ def test_products_outside_of_layers_count_in_float32():
   net = attention.assemble(FLOAT, compress.Rule(pattern='head', quantize=True))
   uses = compress.usage(net)
   inside = {p: layer.macs for p, layer in attention.graph.layers.items()}
-  outside = sum(macs for _, macs in attention.graph.other_macs)
+  outside = sum(p.macs for p in attention.graph.products)
   assert outside == 2 * 2 * 6 * 6 * 6  # two products, heads, tokens, features
   head = inside.pop('head')
   want = 64 * head + 1024 * (sum(inside.values()) + outside)
   np.testing.assert_allclose(cost.bops(uses), want, rtol=1e-5)
+
+
+class Resized(nnx.Module):
+  """Products with a constant between two layers, and of two activations."""
+
+  def __init__(self):
+    rngs = nnx.Rngs(0)
+    self.before = nnx.Conv(3, 12, (3, 3), rngs=rngs)
+    self.values = nnx.Conv(3, 12, (1, 1), rngs=rngs)
+    self.after = nnx.Conv(12, 4, (1, 1), rngs=rngs)
+    self.head = nnx.Linear(12, 4, rngs=rngs)
+
+  def __call__(self, x):
+    y = nnx.relu(self.before(x))
+    y = jax.image.resize(y, (y.shape[0], 8, 8, y.shape[3]), 'bilinear')
+    v = self.values(x).reshape(x.shape[0], 16, -1)
+    tokens = x.reshape(x.shape[0], 16, 3)
+    v = jax.nn.softmax(tokens @ tokens.swapaxes(1, 2)) @ v
+    return self.after(y).mean((1, 2)) + self.head(v).mean(1)
+
+
+@standard_promotion
+def test_products_outside_of_layers_lose_channels_too():
+  x = np.random.default_rng(0).normal(size=(4, 4, 4, 3)).astype(np.float32)
+  net = compress.compress(Resized(), x=x)
+  masks = {
+    net.structure.groups[g].name: np.arange(12) < 3 + g
+    for g in net.structure.gated
+  }
+  assert masks.keys() == {'before', 'values'}
+  paths = list(net.structure.layers)
+  plan = compress.Plan(
+    open=masks,
+    weight_bits=dict.fromkeys(paths, 4),
+    act_bits=dict.fromkeys(paths, 8),
+  )
+  frozen = compress.freeze(net, plan, x)
+  hardened = harden.harden(frozen)
+  rows = harden.count(hardened, x)
+  products = [row for row in rows if row.kind == 'product']
+  left = [row.macs / row.float_macs for row in products]
+  before, values = (masks[name].mean() for name in ('before', 'values'))
+  assert sorted(left) == sorted([before, before, 1, values])
+  uses = compress.planned_usage(net.structure, plan)
+  assert sum(row.macs for row in rows) == cost.macs(uses)
+  assert float(cost.macs(compress.usage(frozen))) == cost.macs(uses)
+  counts = compress.PlanCosts(net.structure).relative(plan)
+  total = harden.totals(hardened, rows)
+  assert counts['macs'] == pytest.approx(total['relative_macs'])
+  assert counts['bops'] == pytest.approx(total['relative_bops'], rel=0.05)
 
 
 # -- freeze -------------------------------------------------------------------

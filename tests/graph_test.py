@@ -1283,14 +1283,14 @@ class LayerTest(parameterized.TestCase):
 
   def test_products_outside_of_layers_count(self):
     found, _ = traced('attention')
-    products = [macs for _, macs in found.other_macs]
+    products = [p.macs for p in found.products]
     self.assertEqual(products, [2 * 6 * 6 * 6] * 2)
     inside = sum(layer.macs for layer in found.layers.values())
     self.assertEqual(found.float_macs, inside + sum(products))
     found, _ = traced('raw_parameter')
-    ((what, macs),) = found.other_macs
-    self.assertIn('raw parameter weight', what)
-    self.assertEqual(macs, 6 * 7 * 9)
+    (product,) = found.products
+    self.assertIn('raw parameter weight', product.name)
+    self.assertEqual(product.macs, 6 * 7 * 9)
 
   @parameterized.parameters(
     ('chain', 'conv1', 'Conv', -1, 2, (3,)),

@@ -159,7 +159,7 @@ class CostTest(parameterized.TestCase):
     layers = 14 * 14 * 16**2 * 3 * width
     layers += 12 * (projections + perceptron) + width * 1000
     self.assertEqual(sum(x.macs for x in found.layers.values()), layers)
-    others = [macs for _, macs in found.other_macs]
+    others = [p.macs for p in found.products]
     self.assertEqual(others, [tokens**2 * width] * 24)
 
   @parameterized.parameters(

@@ -69,7 +69,7 @@ def _inspection(structure: compress.Structure) -> dict[str, Any]:
       }
       for layer in graph.layers.values()
     ],
-    'other': [{'name': n, 'macs': m} for n, m in graph.other_macs],
+    'other': [{'name': p.name, 'macs': p.macs} for p in graph.products],
     'groups': [
       {
         'name': s.name,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fractions
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -44,22 +45,23 @@ def usage(model: wrapped.Compressed) -> list[cost.LayerUse]:
         act_bits=_bits(operands.act if operands else None),
       )
     )
-  return uses + _other_uses(structure.graph)
-
-
-def _other_uses(graph) -> list[cost.LayerUse]:
-  return [
-    cost.LayerUse(
-      name=name,
-      macs=macs,
-      weights=0,
-      keep_in=1.0,
-      keep_out=1.0,
-      weight_bits=float(FLOAT_BITS),
-      act_bits=float(FLOAT_BITS),
-    )
-    for name, macs in graph.other_macs
+  return uses + [
+    _product_use(product, [_share(*axis, keep) for axis in product.axes])
+    for product in structure.graph.products
   ]
+
+
+def _product_use(product, shares, one=1.0, bits=float(FLOAT_BITS)):
+  """What a product outside of the layers costs, given what its axes keep."""
+  return cost.LayerUse(
+    name=product.name,
+    macs=product.macs,
+    weights=0,
+    keep_in=one,
+    keep_out=math.prod(shares, start=one),
+    weight_bits=bits,
+    act_bits=bits,
+  )
 
 
 def _bits(quantizer):
@@ -107,11 +109,11 @@ def planned_usage(
     )
     for path, layer in structure.graph.layers.items()
   ]
-  exact: dict[str, Any] = dict(
-    keep_in=one, keep_out=one, weight_bits=FLOAT_BITS, act_bits=FLOAT_BITS
-  )
   return uses + [
-    dataclasses.replace(u, **exact) for u in _other_uses(structure.graph)
+    _product_use(
+      product, [share(*axis) for axis in product.axes], one, FLOAT_BITS
+    )
+    for product in structure.graph.products
   ]
 
 
@@ -127,7 +129,10 @@ class PlanCosts:
     layers = structure.graph.layers.values()
     self.macs = structure.graph.float_macs
     self.weights = sum(layer.weights for layer in layers)
-    self.fixed_macs = sum(m for _, m in structure.graph.other_macs)
+    self.products = [
+      (product.macs, [self._channels(*axis) for axis in product.axes])
+      for product in structure.graph.products
+    ]
     self.rows = [
       (
         layer.path,
@@ -165,7 +170,10 @@ class PlanCosts:
       )
       return 1 - closed / total
 
-    left_macs, size = float(self.fixed_macs), 0.0
+    size = 0.0
+    left_macs = float(
+      sum(n * math.prod(map(share, axes)) for n, axes in self.products)
+    )
     bops = FLOAT_BITS**2 * left_macs
     for path, macs, weights, into, out in self.rows:
       kept = share(into) * share(out)

@@ -34,6 +34,7 @@ from djpq_jax.graph.records import ChannelGraph
 from djpq_jax.graph.records import ChannelGroup
 from djpq_jax.graph.records import MacLayer
 from djpq_jax.graph.records import ParamSlice
+from djpq_jax.graph.records import Product
 from djpq_jax.graph.surgery import slice_channels
 from djpq_jax.graph.tracing import batch_size
 from djpq_jax.graph.tracing import layers_called
@@ -44,6 +45,7 @@ __all__ = [
   'ChannelGroup',
   'MacLayer',
   'ParamSlice',
+  'Product',
   'abstract',
   'batch_size',
   'layers_called',

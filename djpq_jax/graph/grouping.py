@@ -50,8 +50,11 @@ def build(found, kinds) -> records.ChannelGraph:
     )
     for path, use in uses.items()
   }
-  others = tuple(found.ledger.others)
-  return records.ChannelGraph(layers, _unique_names(groups), others)
+  products = tuple(
+    records.Product(other.name, other.macs, _axes(other, index, roots))
+    for other in found.ledger.others
+  )
+  return records.ChannelGraph(layers, _unique_names(groups), products)
 
 
 def _float_reason(found, path: str) -> str:
@@ -189,14 +192,30 @@ def _unique_names(groups):
   return tuple(named)
 
 
+def _look_up(ids, index, roots):
+  """Group and channel of each unit, -1 where it has none."""
+  pairs = [index.get(int(r), (-1, -1)) for r in roots[ids]]
+  table = np.asarray(pairs, int).reshape(-1, 2)
+  return table[:, 0].copy(), table[:, 1].copy()
+
+
+def _axes(other, index, roots):
+  """Those of a product outside of the layers that have channels of groups."""
+  axes = [_look_up(ids, index, roots) for ids in other.units]
+  # What was divided by the batch and rounded is no multiple of its channels.
+  return tuple(
+    axis
+    for axis in axes
+    if (axis[0] >= 0).any() and other.macs % len(axis[0]) == 0
+  )
+
+
 def _layer(use, kind, index, roots):
   def look_up(sides):
     if len(sides) != 1:
       untraced = np.full(int(np.prod([len(s) for s in sides])), -1)
       return untraced, untraced.copy()
-    pairs = [index.get(int(r), (-1, -1)) for r in roots[sides[0]]]
-    table = np.asarray(pairs, int).reshape(-1, 2)
-    return table[:, 0].copy(), table[:, 1].copy()
+    return _look_up(sides[0], index, roots)
 
   in_group, in_channel = look_up(use.in_units)
   out_group, out_channel = look_up(use.out_units)

@@ -33,13 +33,22 @@ class Use:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Other:
+  """A product outside of the layers, and the units of its result's axes."""
+
+  name: str
+  macs: int
+  units: tuple[np.ndarray, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Ledger:
   """The units, and the products that were seen so far."""
 
   units: units_lib.Units
   batch: int
   uses: dict[str, Use] = dataclasses.field(default_factory=dict)
-  others: list[tuple[str, int]] = dataclasses.field(default_factory=list)
+  others: list[Other] = dataclasses.field(default_factory=list)
   # Variables that kernels are made of and axes that they have, by layer; and
   # Variables that others read.
   kernels: dict[str, set[str]] = dataclasses.field(default_factory=dict)
@@ -94,16 +103,17 @@ def dot_general(ledger, eqn, operands, repeat):
   pairs = zip(lb, rb, strict=True)
   axes = [units.meet(left.axes[i], right.axes[j]) for i, j in pairs]
   family: dict[str, Any]
+  batch_axes = list(axes)
+  axes += [left.axes[d] for d in lf] + [right.axes[d] for d in rf]
   if _is_kernel(product.right):
-    for label in axes:
+    for label in batch_axes:
       units.freeze(label, f'is a batch axis of {product.right.tag.layer}')
     use = _record(ledger, product, repeat, shape)
     _record_axes(units, use, product)
     family = _from_layer(use, operands)
   else:
-    _record_other(ledger, product, repeat)
+    _record_other(ledger, product, repeat, axes)
     family = arrays.heritage(operands)
-  axes += [left.axes[d] for d in lf] + [right.axes[d] for d in rf]
   return [arrays.Traced(shape, tuple(axes), **family)]
 
 
@@ -163,14 +173,15 @@ def _record_axes(units, use, product):
   ]
 
 
-def _record_other(ledger, product, repeat):
+def _record_other(ledger, product, repeat, axes=()):
   """A product outside of the MAC layers: nobody can gate its operands."""
   left, right, units = product.left, product.right, ledger.units
   name = product.eqn.primitive.name
   what = _other_operands(left, right)
   shapes = f'{list(left.shape)} x {list(right.shape)}'
   macs = ledger.per_example(product.macs * repeat, left, right)
-  ledger.others.append((f'{name} of {what}, {shapes}', macs))
+  labels_known = tuple(label for label in axes if label is not None)
+  ledger.others.append(Other(f'{name} of {what}, {shapes}', macs, labels_known))
   ledger.read.update(left.params, right.params)
   reason = f'contracted by a product of {what} ({name})'
   for x, dims in ((left, product.left_axes), (right, product.right_axes)):

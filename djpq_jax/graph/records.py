@@ -53,6 +53,22 @@ class MacLayer:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Product:
+  """A product outside of the layers: of two activations, or a raw parameter.
+
+  Attributes:
+    name: in words what it multiplies.
+    macs: multiply-accumulates per example of the dense model.
+    axes: (group, channel) of each axis of its result that has channels of
+      groups: int [n] each, as `MacLayer.out_group` and `out_channel`.
+  """
+
+  name: str
+  macs: int
+  axes: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class ParamSlice:
   """The part of one Variable's axis that the channels of a group own.
 
@@ -105,8 +121,7 @@ class ChannelGraph:
   Attributes:
     layers: MAC layers by path, in execution order.
     groups: channel groups; `MacLayer.in_group` indexes them.
-    other_macs: (description, multiply-accumulates per example) of each product
-      outside of the layers: two activations, or a raw parameter.
+    products: those outside of the layers.
     arguments: what the model was traced with, by position and by name:
       `jax.ShapeDtypeStruct` in place of arrays, anything else as it is.  None
       where nobody has noted it.
@@ -114,11 +129,11 @@ class ChannelGraph:
 
   layers: dict[str, MacLayer]
   groups: tuple[ChannelGroup, ...]
-  other_macs: tuple[tuple[str, int], ...]
+  products: tuple[Product, ...]
   arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
   @property
   def float_macs(self) -> int:
     """Multiply-accumulates per example of the whole dense model."""
     inside = sum(layer.macs for layer in self.layers.values())
-    return inside + sum(macs for _, macs in self.other_macs)
+    return inside + sum(product.macs for product in self.products)
