@@ -8,7 +8,6 @@ float32; `integer.lower` makes it run on the integers themselves, with exact
 sums.
 """
 
-from collections.abc import Callable
 import dataclasses
 from typing import Any
 
@@ -177,43 +176,45 @@ def harden(model: compress.Compressed) -> HardenedModel:
   for hook in compress.hooks(hardened):
     if hook.operands.weight is not None:
       _settle(hook)
-  read = _read_in_prediction(hardened)
+  asked = _statistics_asked_for(hardened)
   for path, module in nnx.iter_modules(hardened):
-    # Its statistics are not read where the model's own code asks for those of
-    # the batch; of another class it may compute something else.
-    if type(module) is nnx.BatchNorm and read((*path, 'mean')):
+    # Those of the batch stay, where the model's own code asks for them; a class
+    # of one's own may compute something else.
+    if type(module) is nnx.BatchNorm and False not in asked.get(path, ()):
       _settle_norm(module)
   return hardened
 
 
-def _read_in_prediction(model: HardenedModel) -> Callable[[tuple], bool]:
-  """Tells whether a variable has a part in what the model predicts."""
+def _statistics_asked_for(model: HardenedModel) -> dict[tuple, set[bool]]:
+  """Whether calls of each batch norm use running averages, or the batch's."""
+  found: dict[tuple, set[bool]] = {}
   arguments = model.structure.graph.arguments
   if arguments is None:
-    return lambda path: True
+    return found
+
+  class Noting(nnx.BatchNorm):
+    """Notes what is asked for, wherever it is called."""
+
+    def __call__(self, x, use_running_average=None, **kwargs):
+      running = use_running_average
+      if running is None:
+        running = self.use_running_average
+      found.setdefault(self.noted_as, set()).add(bool(running))
+      return super().__call__(x, use_running_average, **kwargs)
+
   graphdef, state = nnx.split(model)
-  paths, leaves = zip(*nnx.to_flat_state(state), strict=True)
   arrays, whole = graph_lib.split_arrays(arguments)
 
-  def call(leaves, arrays):
-    state = nnx.from_flat_state(zip(paths, leaves, strict=True))
+  def call(state, arrays):
+    copy = nnx.merge(graphdef, state)
+    for path, module in list(nnx.iter_modules(copy)):
+      if type(module) is nnx.BatchNorm:
+        module.__class__, module.noted_as = Noting, path
     args, kwargs = whole(arrays)
-    outputs = nnx.merge(graphdef, state)(*args, **kwargs)
-    return graph_lib.split_arrays(outputs)[0]
+    copy(*args, **kwargs)
 
-  closed = jax.make_jaxpr(call)(leaves, arrays)
-  needed = {id(v) for v in closed.jaxpr.outvars}
-  for eqn in reversed(closed.jaxpr.eqns):
-    if any(id(v) in needed for v in eqn.outvars):
-      needed.update(map(id, eqn.invars))
-  counts = [len(jax.tree.leaves(leaf)) for leaf in leaves]
-  owners = np.repeat(np.arange(len(paths)), counts)
-  read = {
-    paths[owner]
-    for owner, var in zip(owners, closed.jaxpr.invars)
-    if id(var) in needed
-  }
-  return lambda path: path in read
+  jax.eval_shape(call, nnx.as_pure(state), arrays)
+  return found
 
 
 def _settle(hook: compress.Hook):
@@ -319,7 +320,9 @@ def count(model: HardenedModel, *args) -> list[LayerReport]:
         weights=now.weights,
       )
     )
-  pairs = zip(traced.products, dense.products, strict=True)
+  # A loop over examples has as many products as there are examples.
+  same = len(traced.products) == len(dense.products)
+  pairs = zip(traced.products, dense.products if same else traced.products)
   return rows + [_product(now, was.macs) for now, was in pairs]
 
 

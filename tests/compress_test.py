@@ -991,12 +991,40 @@ class Helped(nnx.Module):
     return logits if self.dropout.deterministic else (logits, self.aux(x))
 
 
-def test_a_layer_that_runs_in_training_alone():
+class Scaled(Helped):
+  """What helps it is no layer."""
+
+  def __call__(self, x):
+    x = nnx.relu(self.hidden(x))
+    logits = self.head(self.dropout(x))
+    return (
+      logits if self.dropout.deterministic else (logits, x * jnp.ones((1, 8)))
+    )
+
+
+class Elsewhere(Helped):
+  """What helps it reads nothing that may be cut."""
+
+  def __init__(self):
+    super().__init__()
+    self.aux = nnx.Linear(6, 3, rngs=nnx.Rngs(0))
+
+  def __call__(self, x):
+    logits = self.head(self.dropout(nnx.relu(self.hidden(x))))
+    return logits if self.dropout.deterministic else (logits, self.aux(x))
+
+
+@standard_promotion
+@pytest.mark.parametrize('kind', [Helped, Scaled])
+def test_a_part_that_runs_in_training_alone(kind):
   x = np.ones((4, 6), np.float32)
-  with pytest.raises(ValueError, match=r'^aux runs in training alone'):
-    compress.compress(Helped(), x=x)
+  with pytest.raises(
+    ValueError, match='runs in training alone, and cannot without'
+  ):
+    compress.compress(kind(), x=x)
+  assert compress.compress(Elsewhere(), x=x).gates
   rules = [compress.Rule(pattern='*', prune=False)]
-  net = compress.compress(Helped(), rules, x)
+  net = compress.compress(kind(), rules, x)
   plan = compress.Plan(
     open={},
     weight_bits={'hidden': 4, 'head': 4},
@@ -1004,7 +1032,14 @@ def test_a_layer_that_runs_in_training_alone():
   )
   frozen = compress.freeze(net, plan, x)
   logits, aux = compress.train_view(frozen)(x)
-  assert logits.shape == aux.shape == (4, 3)
+  assert logits.shape == (4, 3)
+  assert aux.shape[0] == 4
+
+
+@pytest.mark.parametrize('whole_to', [2.5, -1])
+def test_whole_to_is_a_whole_number(whole_to):
+  with pytest.raises(ValueError, match='whole_to takes a whole number from 0'):
+    compress.compress(Helped(), x=np.ones((4, 6)), whole_to=whole_to)
 
 
 class Tied(nnx.Module):

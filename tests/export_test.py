@@ -287,7 +287,7 @@ def test_what_is_no_model_of_images_is_refused(batch, tmp_path):
     (
       Two(nnx.Rngs(0)),
       (images, scale),
-      'the model takes 2 arrays, and an onnx file one',
+      'the model takes 2 arrays, and a file of onnx',
     ),
     (Recurrent(), (images[..., 0],), 'hands keys of random numbers on, as nnx'),
   ):

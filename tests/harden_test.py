@@ -331,10 +331,24 @@ def test_what_is_not_finite_is_named(path, bad):
     harden.harden(broken)
 
 
+def _inner(bn, x):
+  return bn(x, use_running_average=False)
+
+
+CALLS = {
+  'usual': lambda bn, x: bn(x),
+  'running': lambda bn, x: bn(x, use_running_average=True),
+  'batch': _inner,
+  'jit': lambda bn, x: nnx.jit(_inner)(bn, x),
+  'remat': lambda bn, x: nnx.remat(_inner)(bn, x),
+  'both': lambda bn, x: bn(x) + _inner(bn, x),
+}
+
+
 class Stated(nnx.Module):
   """A batch norm of some kind, and an array that nobody learns."""
 
-  def __init__(self, *, param_dtype=jnp.float32, running=None):
+  def __init__(self, call, param_dtype):
     rngs = nnx.Rngs(0)
     self.hidden = nnx.Linear(6, 12, rngs=rngs)
     self.bn = nnx.BatchNorm(12, param_dtype=param_dtype, rngs=rngs)
@@ -342,25 +356,27 @@ class Stated(nnx.Module):
     self.bn.var[...] = jnp.linspace(1, 9, 12)
     self.head = nnx.Linear(12, 5, rngs=rngs)
     self.mask = nnx.Variable(jnp.where(jnp.arange(5) == 3, -jnp.inf, 0.0))
-    self.running = running
+    self.call = call
 
   def __call__(self, x):
-    x = self.bn(self.hidden(x), use_running_average=self.running)
+    x = CALLS[self.call](self.bn, self.hidden(x))
     return self.head(nnx.relu(x)) + self.mask[...][None]
 
 
-@pytest.mark.parametrize('running', [None, True, False])
-@pytest.mark.parametrize('param_dtype', [jnp.float32, jnp.bfloat16])
-def test_batch_norm_as_the_model_asks_for_it(running, param_dtype):
+@pytest.mark.parametrize(
+  ('call', 'param_dtype'),
+  [*((call, jnp.float32) for call in CALLS), ('usual', jnp.bfloat16)],
+)
+def test_batch_norm_as_the_model_asks_for_it(call, param_dtype):
   x = np.random.default_rng(0).normal(size=(16, 6)).astype(np.float32)
-  net = compress.compress(Stated(param_dtype=param_dtype, running=running), x=x)
+  net = compress.compress(Stated(call, param_dtype), x=x)
   bits = {'hidden': 4, 'head': 4}
   plan = compress.Plan(open={}, weight_bits=bits, act_bits=bits)
   frozen = compress.freeze(net, plan, x)
   hardened = harden.harden(frozen)
   want = compress.eval_view(frozen)(x)
   np.testing.assert_allclose(hardened(x), want, rtol=1e-5, atol=1e-5)
-  settled = running is not False and param_dtype == jnp.float32
+  settled = call in ('usual', 'running') and param_dtype == jnp.float32
   assert (not hardened.model.bn.mean[...].any()) == settled
 
 

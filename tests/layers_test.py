@@ -362,6 +362,11 @@ def test_choices_have_the_grids_that_are_left_once_bits_are_fixed(
   np.testing.assert_allclose(grads['log_step'], -grads['log_clip'], rtol=1e-5)
 
 
+def test_infinities_saturate_at_one_bit_too():
+  q = _quantizer(1.5, 1.1, bounds=(1, 8), choices=(1, 2, 3), mid_rise=True)
+  np.testing.assert_allclose(q(jnp.array([-jnp.inf, jnp.inf])), [-1.5, 1.5])
+
+
 @pytest.mark.parametrize('least', [1, 2])
 def test_bits_above_the_choices_may_be_real_valued(least):
   kwargs = dict(bounds=(least, 8), signed=True, narrow_range=False)

@@ -72,6 +72,18 @@ def stopping() -> Iterator[Callable[[], bool]]:
     yield signals.seen
 
 
+def _check_pictures() -> None:
+  """Refuses to begin in all processes if the first cannot draw."""
+  lacking = None
+  if parallel.is_first():
+    try:
+      report_lib.check_pictures()
+    except ImportError as error:
+      lacking = error
+  if parallel.agreed(lacking is not None):
+    raise lacking or ImportError('the first process cannot draw pictures')
+
+
 def carry_out(
   config,
   work: workdir.Workdir,
@@ -100,7 +112,7 @@ def carry_out(
   report = None if overwrite else work.report()
   if report is not None:
     return report, True
-  report_lib.check_pictures()  # now, and not once all is trained
+  _check_pictures()  # now, and not once all is trained
   if work.claimed and not overwrite:
     console.print(f'going on with {work.path}')
 

@@ -47,8 +47,8 @@ def compress(
 
   Raises:
     ValueError: a rule matches no layer, `x` is missing or not finite, the
-      model cannot be traced, is compressed already, or has a layer that runs in
-      training alone.
+      model cannot be traced, is compressed already, or has a part that runs in
+      training alone and reads channels that may be cut.
   """
   if isinstance(model, wrapped.Compressed):
     raise ValueError(
@@ -56,7 +56,9 @@ def compress(
       'be lost; pass the model that it was made of, or what '
       'compress.fold_gates makes of it'
     )
-  whole = tuple(choices) or tuple(range(1, whole_to + 1))
+  if not isinstance(whole_to, int) or whole_to < 0:
+    raise ValueError(f'whole_to takes a whole number from 0 on, not {whole_to}')
+  one_bit = 1 in choices if choices else whole_to > 0
   args = x if isinstance(x, tuple) else (x,)
   if x is None or any(isinstance(a, jax.ShapeDtypeStruct) for a in args):
     raise ValueError(
@@ -77,29 +79,25 @@ def compress(
       )
   view = wrapped.eval_view(model)
   structure = structure_lib.resolve(
-    graph_lib.trace(view, *args), rules, one_bit=1 in whole
+    graph_lib.trace(view, *args), rules, one_bit=one_bit
   )
   _check_training(model, structure, args)
   compressed = assemble(model, structure, bits)
   calibrate(compressed, *args)
-  restrict(compressed, whole, real_above=not choices)
+  restrict(compressed, choices, whole_to=whole_to)
   return compressed
 
 
 def _check_training(model, structure: structure_lib.Structure, args) -> None:
-  """Refuses layers that run in training alone: cuts would not reach them."""
-  if not structure.gated:
-    return
-  try:
-    called = graph_lib.layers_called(wrapped.train_view(model), *args)
-  except Exception:  # it may predict all the same; training will say why not
-    return
-  more = sorted(called - structure.graph.layers.keys())
-  if more:
+  """Refuses what runs in training alone and reads channels that may be cut."""
+  names = [structure.groups[g].name for g in structure.gated]
+  view = wrapped.train_view(model)
+  error = graph_lib.failure_of_slices(view, structure.graph, names, *args)
+  if error:
     raise ValueError(
-      f'{", ".join(more)} runs in training alone, where channels may be cut '
-      'that it reads: compress the model without it, or state prune=False for '
-      'all layers'
+      'the model has a part that runs in training alone, and cannot without '
+      f'channels that may be cut ({error}): compress the model without it, or '
+      'state prune=False for all layers'
     )
 
 
@@ -175,26 +173,27 @@ def attach_operands(
 
 def restrict(
   model: wrapped.Compressed,
-  choices: Sequence[int],
+  choices: Sequence[int] = (),
   *,
-  real_above: bool = False,
+  whole_to: int = 0,
 ) -> None:
-  """Lets a model that is searched have no other bits than these, in place.
+  """Says which bits a model that is searched may have, in place.
 
   Args:
     model: compressed, and not frozen.
-    choices: allowed bits, as (2, 4, 8, 16, 32); where they leave a layer
-      nothing within its bounds, `allocate.plan` refuses them.
-    real_above: whether bits above the largest of them are real-valued; it has
-      no meaning where there is none within the bounds.
+    choices: allowed bits, as (2, 4, 8, 16, 32), and no others; where they leave
+      a layer nothing within its bounds, `allocate.plan` refuses them.
+    whole_to: without choices, bits up to so many are whole, and real-valued
+      above.
   """
+  whole = choices or range(1, whole_to + 1)
   for _, _, operands in wrapped.hooks(model):
     for quantizer in (operands.weight, operands.act):
       if quantizer is not None:
         low, high = quantizer.bounds
-        within = [float(b) for b in choices if low <= b <= high]
-        quantizer.real_above = bool(within) and real_above
+        within = [float(b) for b in whole if low <= b <= high]
         quantizer.choices = tuple(sorted(within))
+        quantizer.real_above = bool(within) and not choices
 
 
 def regrid(

@@ -75,13 +75,15 @@ def float_state(run: setting.Run, model, *, steps: int) -> train.TrainState:
 def compressed(run: setting.Run, model, rules=()) -> compress.Compressed:
   """Attaches gates and quantizers as the config's rules, then `rules`, say."""
   given = layer_rules.rules_of(run.config)
+  bits = layer_rules.bits_of(run.config)
   net = compress.compress(
     model,
     [*given, *rules],
     run.sample(),
-    **layer_rules.bits_of(run.config),
+    **bits,
   )
   _agree_on_sides(net)
+  compress.restrict(net, **bits)  # within the bounds that were agreed on
   return net
 
 

@@ -93,8 +93,8 @@ def export(
   arrays = _arrays(model)
   if arrays > 1:
     raise ValueError(
-      f'the model takes {arrays} arrays, and an {format} file one batch of '
-      'images; the artifact has a program of all, see checkpoint.load_program'
+      f'the model takes {arrays} arrays, and a file of {format} one batch of '
+      'images; what takes all is the program of its artifact, if that has one'
     )
   path = _place(path)
   if format == 'stablehlo':

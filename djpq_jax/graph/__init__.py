@@ -37,7 +37,7 @@ from djpq_jax.graph.records import ParamSlice
 from djpq_jax.graph.records import Product
 from djpq_jax.graph.surgery import slice_channels
 from djpq_jax.graph.tracing import batch_size
-from djpq_jax.graph.tracing import layers_called
+from djpq_jax.graph.tracing import failure_of_slices
 from djpq_jax.graph.tracing import trace
 
 __all__ = [
@@ -48,7 +48,7 @@ __all__ = [
   'Product',
   'abstract',
   'batch_size',
-  'layers_called',
+  'failure_of_slices',
   'slice_channels',
   'split_arrays',
   'trace',

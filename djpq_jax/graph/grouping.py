@@ -201,13 +201,15 @@ def _look_up(ids, index, roots):
 
 def _axes(other, index, roots):
   """Those of a product outside of the layers that have channels of groups."""
-  axes = [_look_up(ids, index, roots) for ids in other.units]
-  # What was divided by the batch and rounded is no multiple of its channels.
-  return tuple(
-    axis
-    for axis in axes
-    if (axis[0] >= 0).any() and other.macs % len(axis[0]) == 0
-  )
+  axes, positions = [], other.macs
+  for ids in other.units:
+    group, channel = _look_up(ids, index, roots)
+    # Counts stay whole: what was divided by the batch and rounded is no
+    # multiple of its channels.
+    if (group >= 0).any() and positions % len(group) == 0:
+      axes.append((group, channel))
+      positions //= len(group)
+  return tuple(axes)
 
 
 def _layer(use, kind, index, roots):

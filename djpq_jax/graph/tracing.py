@@ -64,22 +64,33 @@ def trace(model: nnx.Module, *args, **kwargs) -> records.ChannelGraph:
   return _verified(graph, model, args, kwargs, program)
 
 
-def layers_called(model: nnx.Module, *args, **kwargs) -> set[str]:
-  """Paths of the MAC layers that a call runs; arguments as `trace` has them.
+def failure_of_slices(model, graph: records.ChannelGraph, names, *args) -> str:
+  """Why a model does not run without some channels of groups, in its mode.
 
-  Raises:
-    Exception: what the model's call raises.
+  Args:
+    model: in the mode in which it is tried, as that of training.
+    graph: of the model, as `trace` found it in another mode.
+    names: of the groups that lose channels.
+    *args: as `trace` has them.
+
+  Returns:
+    The error's first line; '' if it runs, or does not with all channels either.
   """
-  program = marking.program(model, args, kwargs)
-  return set(_marked(program.jaxpr))
-
-
-def _marked(closed):
-  for eqn in getattr(closed, 'jaxpr', closed).eqns:
-    if eqn.primitive is marking.mark_p:
-      yield eqn.params['layer']
-    for inner in jex_core.jaxprs_in_params(eqn.params):
-      yield from _marked(inner)
+  if not names:
+    return ''
+  model = marking.abstract(model)
+  try:
+    sliced = surgery.slice_channels(model, graph, _probe(graph, names))
+    marking.program(sliced, args, {})
+  except Exception as error:
+    failure = _first_line(error)
+  else:
+    return ''
+  try:
+    marking.program(model, args, {})
+  except Exception:
+    return ''
+  return failure
 
 
 _is_array = marking.is_array

@@ -121,8 +121,8 @@ class Quantizer(nnx.Module):
     self.signed = signed
     self.bounds = (float(bounds[0]), float(bounds[1]))
     self.fixed_bits = float(bits) if fixed else None
-    self.choices = tuple(sorted(map(float, choices)))
-    self.real_above = real_above
+    self.choices = () if fixed else tuple(sorted(map(float, choices)))
+    self.real_above = real_above and not fixed
     self.narrow_range = narrow_range
     self.below = None if below is None else float(below)
     self.mid_rise = mid_rise
@@ -223,16 +223,16 @@ class Quantizer(nnx.Module):
 
   def nearest(self, bits: float) -> float:
     """What a grid whose bits are learned to be these has."""
-    return float(self._nearest(np.float32(bits))) if self.choices else bits
+    return float(self._nearest(bits, np)) if self.choices else bits
 
-  def _nearest(self, bits):
+  def _nearest(self, bits, numpy: Any = jnp):
     """The choice that is nearest in octaves, or the same bits above them."""
     choices = np.array(self.choices, np.float32)
     # From the geometric mean of two choices on, the larger one is nearer.
     edges = np.sqrt(choices[1:] * choices[:-1])
-    found = jnp.asarray(choices)[jnp.searchsorted(edges, bits)]
+    found = numpy.asarray(choices)[numpy.searchsorted(edges, bits)]
     above = self.real_above and bits > choices[-1]
-    return jnp.where(above, bits, found)
+    return numpy.where(above, bits, found)
 
   def _above(self, bits: float) -> float:
     return grid.levels_above(bits, **self.extent)
@@ -261,7 +261,8 @@ class Quantizer(nnx.Module):
     if 1 in self.choices and self.signed:
       # Of one bit nothing is held back, as in `quantize.quantize_lsq`.
       _, clip, _, bits = self._grid()
-      beyond = jnp.where((bits < 2) & (jnp.abs(x) > clip), x, 0)
+      far = (jnp.abs(x) > clip) & jnp.isfinite(x)
+      beyond = jnp.where((bits < 2) & far, x, 0)
       out += beyond - jax.lax.stop_gradient(beyond)
     return out.astype(x.dtype)
 
