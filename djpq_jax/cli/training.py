@@ -112,9 +112,9 @@ def carry_out(
   report = None if overwrite else work.report()
   if report is not None:
     return report, True
-  _check_pictures()  # now, and not once all is trained
   if work.claimed and not overwrite:
     console.print(f'going on with {work.path}')
+  _check_pictures()  # now, and not once all is trained
 
   claimed = False
 
