@@ -240,7 +240,7 @@ def test_a_search_begins_near_its_budget(config, budgets, expected):
 @pytest.mark.parametrize(
   ('fields', 'whole'),
   [
-    ({}, (1, 2, 3)),
+    ({}, tuple(range(1, compress.WHOLE_TO + 1))),
     ({'search': {'whole_bits_to': 0}}, ()),
     ({'search': {'whole_bits_to': 1}}, (1,)),
     ({'search': {'whole_bits_to': 16}}, tuple(range(1, 9))),

@@ -180,8 +180,8 @@ def _record_other(ledger, product, repeat, axes=()):
   what = _other_operands(left, right)
   shapes = f'{list(left.shape)} x {list(right.shape)}'
   macs = ledger.per_example(product.macs * repeat, left, right)
-  labels_known = tuple(label for label in axes if label is not None)
-  ledger.others.append(Other(f'{name} of {what}, {shapes}', macs, labels_known))
+  known = tuple(label for label in axes if label is not None)
+  ledger.others.append(Other(f'{name} of {what}, {shapes}', macs, known))
   ledger.read.update(left.params, right.params)
   reason = f'contracted by a product of {what} ({name})'
   for x, dims in ((left, product.left_axes), (right, product.right_axes)):
