@@ -6,12 +6,14 @@ r"""DJPQ beside its controls, at equal epochs, from reloaded artifacts.
 Every contestant of a seed starts from the same trained float model and has the
 same number of epochs; controls spend what DJPQ searches on finetuning.  Each
 finished run is added to the file at once, and runs that it holds are skipped,
-so an interrupted comparison goes on where it stopped.
+so an interrupted comparison goes on where it stopped: with the run that it was
+at, or with --workdirs amid it.
 """
 
 import argparse
 import difflib
 import pathlib
+import re
 import tempfile
 import time
 from typing import Any
@@ -23,6 +25,8 @@ import result_files
 
 from djpq_jax import config as config_lib
 from djpq_jax import experiment
+from djpq_jax import files
+from djpq_jax import interruption
 from djpq_jax import train
 from djpq_jax import workdir
 
@@ -150,19 +154,25 @@ def float_model(config, folder: pathlib.Path | None):
   """A float model and its accuracy; `folder` keeps those of all seeds."""
   if folder is None:
     return experiment.float_model(config)
-  home = workdir.Workdir(folder / f'seed-{config.seed}', config)
+  path = folder / f'seed-{config.seed}'
+  claim(path, config, 'the float model')
+  return experiment.float_model(config, float_dir=path)
+
+
+def claim(path: pathlib.Path, config, what: str) -> None:
+  """Makes a folder that of a config and its seed, which it may be already."""
+  home = workdir.Workdir(path, config)
   try:
     home.check()
   except ValueError as error:
     raise SystemExit(
-      f'{home.path} is not the float model of this config and seed: choose '
-      'another --float-dir'
+      f'{path} is not {what} of this config and seed: choose another '
+      '--float-dir or --workdirs'
     ) from error
   home.claim()
-  return experiment.float_model(config, float_dir=home.path)
 
 
-def one(config, model, float_accuracy) -> dict:
+def one(config, model) -> dict:
   """Compresses a float model as a config says; the figures to compare."""
   start = time.monotonic()
   with tempfile.TemporaryDirectory() as folder:
@@ -172,20 +182,64 @@ def one(config, model, float_accuracy) -> dict:
       trained=model,
       progress=lambda *_: None,
     )
-  # A process that kept the programs of nineteen runs ended in the next, where
-  # the compiler could not allocate memory.
-  jax.clear_caches()
+  seconds = round(time.monotonic() - start, 1)
+  return figures(report) | {'seconds': seconds}
+
+
+def folder_name(contestant: str, seed: int) -> str:
+  """Where a run is kept, among those of others.
+
+  >>> folder_name('DJPQ rates / 10 @0.200%', 3)
+  'DJPQ-rates-10-0.200-seed-3'
+  """
+  words = re.findall(r'[\w.-]+', contestant)
+  return '-'.join([*words, 'seed', str(seed)])
+
+
+def one_kept(config, folder: pathlib.Path, float_dir: pathlib.Path) -> dict:
+  """Likewise, in a folder that is kept and gone on with.
+
+  Args:
+    config: of the contestant, with its seed.
+    folder: of the run; has its checkpoints and, in the end, its artifact.
+    float_dir: that of the float model.
+
+  Raises:
+    SystemExit: a signal came; the run is saved.
+  """
+  claim(folder, config, 'the run')
+  # A run may be begun by one version, and ended by another.
+  made_by = folder / 'commits.txt'
+  commits = made_by.read_text().split() if made_by.exists() else []
+  commits = list(dict.fromkeys([*commits, result_files.commit()]))
+  files.replace(made_by, ('\n'.join(commits) + '\n').encode())
+  try:
+    with interruption.Signals() as signals:
+      report = experiment.run(
+        config,
+        folder,
+        float_dir=float_dir,
+        progress=lambda *_: None,
+        stop=signals.seen,
+      )
+  except train.Interrupted as error:
+    print(f'{folder}: {error}', flush=True)
+    raise SystemExit(interruption.EXIT_STATUS) from error
+  return figures(report) | {'commit': ', '.join(commits)}
+
+
+def figures(report: dict) -> dict:
+  """What is compared, of a report."""
   keys = [
     *('accuracy', 'cross_entropy'),
-    *('relative_bops', 'bops', 'macs', 'artifact_bytes'),
+    *('relative_bops', 'bops', 'macs', 'artifact_bytes', 'float_accuracy'),
   ]
   kept = {k: report[k] for k in keys}
-  kept['float_accuracy'] = float_accuracy
   kept['layers'] = [
     [r['name'], r['kept_in'], r['kept_out'], r['weight_bits'], r['act_bits']]
     for r in report['layers']
   ]
-  return kept | {'seconds': round(time.monotonic() - start, 1)}
+  return kept
 
 
 def grouped(runs: list[dict]) -> dict[str, list[dict]]:
@@ -239,6 +293,11 @@ def main():
   parser.add_argument(
     '--float-dir', type=pathlib.Path, help='where float models are kept'
   )
+  parser.add_argument(
+    '--workdirs',
+    type=pathlib.Path,
+    help='where runs, and float models, are kept; interrupted, they go on',
+  )
   parser.add_argument('--out', required=True, type=pathlib.Path)
   args = parser.parse_args()
   base = config_lib.load(args.config, args.set)
@@ -261,12 +320,15 @@ def main():
   }
   told = {key: result_files.settings(config) for key, config in wanted.items()}
   done = result_files.finished(args.out, ('contestant', 'seed'), told)
+  float_dir = args.float_dir
+  if args.workdirs and not float_dir:
+    float_dir = args.workdirs / 'float'
   for seed in args.seeds:
     left = [key for key in wanted if key[1] == seed and key not in done]
     if not left:
       continue
     config = config_lib.change(base, seed=seed)
-    model, float_accuracy = float_model(config, args.float_dir)
+    model, float_accuracy = float_model(config, float_dir)
     print(f'seed {seed}: float {float_accuracy:.2%}', flush=True)
     for key in left:
       name, _ = key
@@ -274,11 +336,21 @@ def main():
       run |= {'commit': result_files.commit()}
       try:
         with ablations.patched(name.partition(' @')[0]):
-          run |= one(wanted[key], model, float_accuracy)
+          if args.workdirs:
+            folder = args.workdirs / folder_name(*key)
+            floats = float_dir / f'seed-{seed}'
+            run |= one_kept(wanted[key], folder, floats)
+          else:
+            run |= one(wanted[key], model)
         said = f'{run["accuracy"]:.2%} at {run["relative_bops"]:.4%}'
+      except train.CheckpointError:
+        raise  # says nothing about the contestant
       except (ValueError, train.TrainingError) as error:
         # As a budget that bits alone cannot reach: one sentence for the user.
         run['error'] = said = f'{type(error).__name__}: {error}'
+      # A process that kept the programs of nineteen runs ended in the next,
+      # where the compiler could not allocate memory.
+      jax.clear_caches()
       result_files.add(args.out, [run], config=args.config)
       print(f'seed {seed}: {name} {said}', flush=True)
   print(table(result_files.runs_of(args.out)))

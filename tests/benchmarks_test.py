@@ -17,6 +17,7 @@ import tiny
 
 from djpq_jax import allocate
 from djpq_jax import compress
+from djpq_jax import interruption
 from djpq_jax import layers
 from djpq_jax import optim
 from djpq_jax import train
@@ -83,6 +84,46 @@ def test_contestants_share_a_float_model_and_meet_the_budget(
   assert before == {f: f.stat().st_mtime_ns for f in files}
   with pytest.raises(SystemExit, match='choose another --float-dir'):
     command('compare', *always[:-1], 'W8A8', '--set', 'batch_size=16')
+
+
+def test_an_interrupted_run_of_a_comparison_goes_on(
+  command, tmp_path, monkeypatch, capsys
+):
+  always = ['--seeds', '3', '--budgets', '0.05', '--only', 'DJPQ @5.000%']
+  always += ['--set', 'checkpoint_every=5']
+  (whole,) = command('compare', *always)['runs']
+  assert whole['seconds'] > 0
+  (tmp_path / 'out.json').unlink()
+  always += ['--workdirs', str(tmp_path / 'runs')]
+
+  class Stopped(interruption.Signals):
+    """A signal comes in the seventh step."""
+
+    asked = 0
+
+    def seen(self) -> bool:
+      self.asked += 1
+      return self.asked == 7
+
+  with monkeypatch.context() as patched:
+    patched.setattr(interruption, 'Signals', Stopped)
+    with pytest.raises(SystemExit) as stop:
+      command('compare', *always)
+  assert stop.value.code == interruption.EXIT_STATUS
+  assert not (tmp_path / 'out.json').exists()
+  folder = tmp_path / 'runs' / 'DJPQ-5.000-seed-3'
+  assert f'{folder}: stopped after step 7 of' in capsys.readouterr().out
+  (run,) = command('compare', *always)['runs']
+  assert 'seconds' not in run  # those of a part say nothing
+  # Orbax writes into an artifact where it is, so its size differs.
+  told = ('seconds', 'artifact_bytes')
+  assert {k: v for k, v in run.items() if k not in told} == {
+    k: v for k, v in whole.items() if k not in told
+  }
+  assert (folder / 'artifact' / 'manifest.json').exists()
+  (tmp_path / 'out.json').unlink()
+  with pytest.raises(SystemExit, match='or --workdirs'):
+    command('compare', *always, '--set', 'finetune.epochs=3')
 
 
 def test_a_contestant_that_there_is_not_is_an_error(command, capsys):
