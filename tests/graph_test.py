@@ -498,6 +498,23 @@ def per_example(rngs):
   return Net(forward, conv=conv(3, 6, rngs), head=nnx.Linear(6, 5, rngs=rngs))
 
 
+def mapped_over_later_axes(rngs):
+  """A layer that sees neither of the two axes that follow its channels."""
+
+  def forward(m, x):
+    x = m.conv(x).transpose(0, 3, 1, 2)  # [B, C, H, W]
+    over = dict(in_axes=2, out_axes=2)
+    x = jax.vmap(jax.vmap(m.inner, **over), **over)(x)
+    return m.head(nnx.relu(x).mean((2, 3)))
+
+  return Net(
+    forward,
+    conv=conv(3, 6, rngs),
+    inner=nnx.Linear(6, 7, rngs=rngs),
+    head=nnx.Linear(7, 5, rngs=rngs),
+  )
+
+
 def channels_moved(rngs):
   """Channels wander to the front, positions are merged, and back."""
 
@@ -695,6 +712,11 @@ ARCHITECTURES = {
     between(function=lambda x: jnp.cumsum(x, -1)),
     IMAGE,
     {**CHAIN, 'conv1': 'accumulated'},
+  ),
+  'a_constant': (
+    between(function=lambda x: x / np.full((1,) * x.ndim, x.shape[-1], 'f4')),
+    IMAGE,
+    {**CHAIN, 'conv1': f'{FIXED}: it computes something else'},
   ),
   'roll': (
     between(function=lambda x: x + jnp.roll(x, 1, -1)),
@@ -1005,6 +1027,11 @@ ARCHITECTURES = {
     IMAGE,
     {'input': 'input', 'a/conv': '', 'b/conv': '', 'head': 'output'},
   ),
+  'mapped_over_later_axes': (
+    mapped_over_later_axes,
+    IMAGE,
+    {'input': 'input', 'conv': '', 'inner': '', 'head': 'output'},
+  ),
   'per_example': (
     per_example,
     IMAGE,
@@ -1303,6 +1330,7 @@ class LayerTest(parameterized.TestCase):
     ('linear_general', 'heads', 'LinearGeneral', -1, 0, (1, 2)),
     ('attention', 'attention/out', 'LinearGeneral', None, None, (2,)),
     ('per_example', 'head', 'Linear', -1, 0, (1,)),
+    ('mapped_over_later_axes', 'inner', 'Linear', -1, 0, (1,)),
   )
   def test_axes(self, name, path, kind, feature_axis, in_axis, out_axes):
     layer = traced(name)[0].layers[path]
@@ -1433,6 +1461,8 @@ class LayerTest(parameterized.TestCase):
     macs = {path: layer.macs for path, layer in found.layers.items()}
     expected = dict(first=5 * 64, second=5 * 224, inner=5 * 42, head=28)
     self.assertEqual(macs, expected)
+    reasons = {group.name: group.reason for group in found.groups}
+    self.assertEqual(reasons['first'], 'is read by second without a batch')
 
   @parameterized.parameters(1, 2, 32)
   def test_what_a_loop_carries_is_of_each_example(self, batch):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny
 
+from djpq_jax import allocate
 from djpq_jax import compress
 from djpq_jax import cost
 from djpq_jax import evaluation
@@ -342,6 +343,11 @@ CALLS = {
   'jit': lambda bn, x: nnx.jit(_inner)(bn, x),
   'remat': lambda bn, x: nnx.remat(_inner)(bn, x),
   'both': lambda bn, x: bn(x) + _inner(bn, x),
+  'read': lambda bn, x: bn(x) * jnp.sqrt(bn.var[...])[None],
+  'read inside': lambda bn, x: nnx.jit(lambda bn, x: x - bn.bias[...][None])(
+    bn, bn(x)
+  ),
+  'usual inside': lambda bn, x: nnx.remat(lambda bn, x: bn(x))(bn, x),
 }
 
 
@@ -376,8 +382,36 @@ def test_batch_norm_as_the_model_asks_for_it(call, param_dtype):
   hardened = harden.harden(frozen)
   want = compress.eval_view(frozen)(x)
   np.testing.assert_allclose(hardened(x), want, rtol=1e-5, atol=1e-5)
-  settled = call in ('usual', 'running') and param_dtype == jnp.float32
+  settled = call in ('usual', 'running', 'usual inside')
+  settled &= param_dtype == jnp.float32
   assert (not hardened.model.bn.mean[...].any()) == settled
+
+
+class Domains(nnx.Module):
+  """Two batch norms with statistics of their own, and one scale and bias."""
+
+  def __init__(self):
+    rngs = nnx.Rngs(0)
+    self.hidden = nnx.Linear(6, 12, rngs=rngs)
+    self.norms = nnx.List([nnx.BatchNorm(12, rngs=rngs) for _ in range(2)])
+    self.norms[0].mean[...] = jnp.linspace(-2, 2, 12)
+    self.norms[1].var[...] = jnp.linspace(1, 9, 12)
+    self.norms[1].scale = self.norms[0].scale
+    self.norms[1].bias = self.norms[0].bias
+    self.head = nnx.Linear(12, 5, rngs=rngs)
+
+  def __call__(self, x):
+    x = self.hidden(x)
+    return self.head(nnx.relu(self.norms[0](x)) + nnx.relu(self.norms[1](x)))
+
+
+def test_batch_norms_that_share_a_scale_stay():
+  x = np.random.default_rng(0).normal(size=(16, 6)).astype(np.float32)
+  net = compress.compress(Domains(), x=x)
+  frozen = compress.freeze(net, allocate.uniform(net, 4, 4), x)
+  hardened = harden.harden(frozen)
+  want = compress.eval_view(frozen)(x)
+  np.testing.assert_allclose(hardened(x), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

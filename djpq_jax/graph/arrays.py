@@ -18,8 +18,9 @@ class Tag:
     layer: path of the layer.
     call: number of the call of the layer.
     role: 'inputs' or 'kernel'.
-    ndim: its number of axes when it was marked.
-    axes: for each axis of the array, the axis when it was marked, or None.
+    ndim: its number of axes when it was marked, as its layer saw them.
+    axes: for each axis of the array, the axis when it was marked, or None; also
+      of one that the layer did not see, as it was called under `jax.vmap`.
   """
 
   layer: str

@@ -99,9 +99,13 @@ class Interpreter:
     self.ledger.kernels.setdefault(layer, set()).update(kernel.params)
     self.ledger.ranks[layer] = len(kernel.shape)
     tagged = []
-    for x, role in zip(operands, ('inputs', 'kernel'), strict=True):
-      ndim = len(x.shape)
-      tag = arrays.Tag(layer, call, role, ndim, tuple(range(ndim)))
+    roles = (('inputs', eqn.params['mapped']), ('kernel', ()))
+    for x, (role, mapped) in zip(operands, roles, strict=True):
+      seen = [d for d in range(len(x.shape)) if d not in mapped]
+      axes = tuple(
+        seen.index(d) if d in seen else None for d in range(len(x.shape))
+      )
+      tag = arrays.Tag(layer, call, role, len(seen), axes)
       tagged.append(dataclasses.replace(x, tag=tag))
     return tagged
 

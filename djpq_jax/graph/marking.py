@@ -15,13 +15,17 @@ mark_p.multiple_results = True
 
 
 @mark_p.def_abstract_eval
-def _mark_abstract(inputs, kernel, *, layer):
-  del layer
+def _mark_abstract(inputs, kernel, *, layer, mapped):
+  del layer, mapped
   return [inputs, kernel]
 
 
-def _mark_batch(args, dims, *, layer):
-  return mark_p.bind(*args, layer=layer), dims
+def _mark_batch(args, dims, *, layer, mapped):
+  """Under `jax.vmap` the inputs have an axis that the layer does not see."""
+  axis = dims[0]
+  if isinstance(axis, int):  # else only the kernel has
+    mapped = (axis, *(d + (d >= axis) for d in mapped))
+  return mark_p.bind(*args, layer=layer, mapped=mapped), dims
 
 
 batching.primitive_batchers[mark_p] = _mark_batch
@@ -38,7 +42,7 @@ class Marker(nnx.Module):
   def __call__(self, args, **kwargs):
     """Promotes as before, then marks inputs and kernel."""
     inputs, kernel, *rest = self.promote(args, **kwargs)
-    inputs, kernel = mark_p.bind(inputs, kernel, layer=self.layer)
+    inputs, kernel = mark_p.bind(inputs, kernel, layer=self.layer, mapped=())
     return (inputs, kernel, *rest)
 
 

@@ -171,6 +171,9 @@ def _record_axes(units, use, product):
   use.out_units = [
     known(right.axes[d], right.shape[d]) for d in product.right_free
   ]
+  if not left.batched:  # each example of a batch has gates of its own
+    for i in product.left_axes:
+      units.freeze(left.axes[i], f'is read by {use.path} without a batch')
 
 
 def _record_other(ledger, product, repeat, axes=()):

@@ -172,14 +172,30 @@ def _offenders(failure, names) -> dict[str, str]:
 
 
 def _script(closed) -> list:
-  """The primitives and scalars of a program: all but the sizes."""
+  """The primitives and constants of a program: all but the sizes."""
   script: list = []
   jaxpr = getattr(closed, 'jaxpr', closed)
+  script.extend(map(_bytes, getattr(closed, 'consts', ())))
   for eqn in jaxpr.eqns:
     script.append(eqn.primitive.name)
     for x in eqn.invars:
       if isinstance(x, jex_core.Literal):
-        script.append(np.asarray(x.val).tobytes())
-    for inner in jex_core.jaxprs_in_params(eqn.params):
+        script.append(_bytes(x.val))
+    for inner in _programs(eqn.params):
       script.extend(_script(inner))
   return script
+
+
+def _bytes(constant) -> bytes:
+  dtype = getattr(constant, 'dtype', None)
+  if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    constant = jax.random.key_data(constant)
+  return np.asarray(constant).tobytes()
+
+
+def _programs(params):
+  """Programs in an equation, closed where they have constants."""
+  for value in params.values():
+    for x in value if isinstance(value, (tuple, list)) else (value,):
+      if isinstance(x, (jex_core.Jaxpr, jex_core.ClosedJaxpr)):
+        yield x
