@@ -275,14 +275,36 @@ def _check_kwargs(given, name: str) -> None:
       raise ConfigError(f'names of arguments are text, got {name}.{key}')
     if key in ELSEWHERE[name]:
       raise ConfigError(f'{name}.{key} is the field {ELSEWHERE[name][key]}')
+    _check_plain(given[key], f'{name}.{key}')
+
+
+def _check_plain(value, name: str) -> None:
+  """Refuses what `config.json` and a frozen config cannot hold."""
+  if isinstance(value, (list, tuple)):
+    for part in value:
+      if hasattr(part, 'items'):
+        raise ConfigError(f'{name} has fields in a list, which no config has')
+      _check_plain(part, name)
+  elif hasattr(value, 'items'):
+    for key, part in value.items():
+      _check_plain(part, f'{name}.{key}')
+  elif value is not None and not isinstance(value, (bool, int, float, str)):
+    raise ConfigError(
+      f'{name} takes numbers, text, lists and fields of Python, got a value of '
+      f'type {type(value).__name__}'
+    )
 
 
 def _pairs(rules):
   """Rules as tuples of pairs: a frozen config cannot hold dicts in a list."""
   try:
-    return tuple(tuple(dict(rule).items()) for rule in rules)
+    pairs = tuple(tuple(dict(rule).items()) for rule in rules)
   except (TypeError, ValueError):
     raise ConfigError(f'rules takes dicts in a list, got {rules!r}') from None
+  for rule in pairs:
+    for key, value in rule:
+      _check_plain(value, f'{key} of a rule')
+  return pairs
 
 
 def _converted(now, value, name: str):

@@ -129,7 +129,7 @@ def float_bops(uses):
   >>> float_bops([use])
   102400
   """
-  return 32 * 32 * sum(u.macs for u in uses)
+  return 32 * 32 * sum(int(u.macs) for u in uses)
 
 
 def relative_bops(uses, baseline):
@@ -183,11 +183,11 @@ def relative(uses) -> dict[str, Number]:
     'bops': relative_bops(uses, float_bops(uses)),
     'macs': _ratio(
       ((u.macs, u.keep_in, u.keep_out) for u in uses),
-      sum(u.macs for u in uses),
+      sum(int(u.macs) for u in uses),
     ),
     'weights': _ratio(
       ((u.weights, u.keep_in, u.keep_out, u.weight_bits) for u in uses),
-      32 * sum(u.weights for u in uses),
+      32 * sum(int(u.weights) for u in uses),
     ),
   }
 
@@ -197,8 +197,7 @@ def _ratio(terms, baseline: int) -> Number:
   if baseline <= 0:
     raise ValueError(f'baseline must be positive, not {baseline}')
   ratio = _sum_of_products(
-    (fractions.Fraction(first) / fractions.Fraction(baseline), *others)
-    for first, *others in terms
+    (_exact(first) / _exact(baseline), *others) for first, *others in terms
   )
   return float(ratio) if isinstance(ratio, numbers.Rational) else ratio
 
@@ -217,8 +216,15 @@ def _sum_of_products(terms):
   """Exact if all factors are rational, else in float32."""
   terms = [tuple(term) for term in terms]
   if all(isinstance(f, numbers.Rational) for term in terms for f in term):
-    return sum(math.prod(map(fractions.Fraction, term)) for term in terms)
+    return sum(math.prod(map(_exact, term)) for term in terms)
   return sum(math.prod(map(_scalar, term)) for term in terms)
+
+
+def _exact(factor) -> fractions.Fraction:
+  """NumPy's integers would stay what they are, and overflow."""
+  if isinstance(factor, numbers.Integral):
+    return fractions.Fraction(int(factor))
+  return fractions.Fraction(factor)
 
 
 def _scalar(factor):

@@ -87,7 +87,16 @@ def predictions(
 
 
 def accuracy(logits: np.ndarray, split: data.Split) -> float:
-  """Share of a split's images that the logits get right."""
+  """Share of a split's images that the logits get right.
+
+  Raises:
+    ValueError: there are fewer logits than classes.
+  """
+  if logits.shape[-1] < split.num_classes:
+    raise ValueError(
+      f'the model has logits of {logits.shape[-1]} classes, but {split.name} '
+      f'has {split.num_classes}'
+    )
   return float((logits.argmax(-1) == split.labels).mean())
 
 

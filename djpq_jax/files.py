@@ -58,6 +58,23 @@ def obstacle(path: pathlib.Path) -> pathlib.Path | None:
   return None
 
 
+def check_place(path: pathlib.Path) -> None:
+  """Refuses a place of this machine where no file can be put.
+
+  Raises:
+    ValueError: it is a folder, a device, or below a file.
+  """
+  if is_remote(path):
+    return
+  file = obstacle(path.absolute().parent)
+  if file is not None:
+    raise ValueError(f'{path} cannot be written: {file} is a file')
+  if path.is_dir():
+    raise ValueError(f'{path} is a folder; give the name of a file in it')
+  if path.exists() and not path.is_file():  # as /dev/null
+    raise ValueError(f'{path} is no regular file; give the name of one')
+
+
 def absolute(path: pathlib.Path) -> pathlib.Path:
   """The path from the root; one of an object store is."""
   return path if is_remote(path) else path.absolute()
@@ -67,11 +84,14 @@ def replace(name: str | os.PathLike[str], content: str | bytes) -> pathlib.Path:
   """Writes a file; one that is there stays until the new one is complete.
 
   Args:
-    name: of the file; its folder is created if missing.
+    name: of the file, or of a link to it; its folder is created if missing.
     content: text, written as UTF-8, or bytes.
 
   Returns:
     The path.
+
+  Raises:
+    ValueError: no file can be there, see `check_place`.
   """
   where = path(name)
   if isinstance(content, str):
@@ -79,14 +99,16 @@ def replace(name: str | os.PathLike[str], content: str | bytes) -> pathlib.Path:
   if is_remote(where):  # a store has an object whole or not at all
     where.write_bytes(content)
     return where
-  where.parent.mkdir(parents=True, exist_ok=True)
+  check_place(where)
+  target = where.resolve()  # a link stays one
+  target.parent.mkdir(parents=True, exist_ok=True)
   # In the same folder, since a rename is atomic within a file system only.
   # And of its own, since others may write the same file.
   token = f'{os.getpid()}-{secrets.token_hex(4)}'
-  partial = where.with_name(f'{where.name}.{token}{PARTIAL}')
+  partial = target.with_name(f'{target.name}.{token}{PARTIAL}')
   try:
     partial.write_bytes(content)
-    os.replace(partial, where)
+    os.replace(partial, target)
   except BaseException:
     partial.unlink(missing_ok=True)
     raise

@@ -55,8 +55,7 @@ def _run(args) -> None:
   folders = _unique([folder for run in given for folder in _folders(run)])
   home = given[0] if len(given) == 1 else pathlib.Path()
   out = files.path(args.out) if args.out else home / report_lib.PAGE_NAME
-  if out.is_dir():
-    raise ValueError(f'{out} is a folder; --out takes the file of the page')
+  files.check_place(out)
   reports = [_read(folder) for folder in folders]
   runs = []
   for folder, name, report in zip(folders, _names(folders), reports):

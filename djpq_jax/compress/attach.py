@@ -46,9 +46,10 @@ def compress(
     A `Compressed` model that computes nearly what `model` does.
 
   Raises:
-    ValueError: a rule matches no layer, `x` is missing or not finite, the
-      model cannot be traced, is compressed already, or has a part that runs in
-      training alone and reads channels that may be cut.
+    ValueError: a rule matches no layer, `x` is missing, has values that are no
+      numbers, or makes a layer's inputs infinite, the model cannot be traced,
+      is compressed already, or has a part that runs in training alone and reads
+      channels that may be cut.
   """
   if isinstance(model, wrapped.Compressed):
     raise ValueError(
@@ -68,8 +69,8 @@ def compress(
   for leaf in arrays:
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
       continue
-    if not np.all(np.isfinite(np.asarray(leaf, np.float32))):
-      raise ValueError('the calibration batch has values that are not finite')
+    if np.any(np.isnan(np.asarray(leaf, np.float32))):
+      raise ValueError('the calibration batch has values that are not numbers')
   for path, leaf in nnx.to_flat_state(nnx.state(model)):
     value = graph_lib.value_of(leaf)
     if not hasattr(value, 'dtype'):
@@ -410,6 +411,11 @@ def calibrate(
       operands.weight = nnx.data(_with_zero(path, held, operands.weight))
     values = [np.asarray(v, np.float32) for v in inputs[path]]
     x = np.concatenate([v.ravel() for v in values])
+    if not np.all(np.isfinite(x)):
+      raise ValueError(
+        f'inputs of {path} are not finite on the calibration batch; what is '
+        'infinite may enter no quantized layer'
+      )
     kept = percentile
     clip = np.percentile(np.abs(x), kept)
     if not clip:  # hardly anything but zeros

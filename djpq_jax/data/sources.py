@@ -105,8 +105,20 @@ def synthetic(
 
   Returns:
     Train and test split, uint8.
+
+  Raises:
+    ValueError: a number that is none from 1 on.
   """
   del data_dir
+  counts = {
+    **{'classes': classes, 'train_size': train_size, 'test_size': test_size},
+    **{f'shape[{i}]': extent for i, extent in enumerate(shape)},
+  }
+  for name, count in counts.items():
+    if not isinstance(count, int) or count < 1:
+      raise ValueError(
+        f'{name} of synthetic data is a whole number from 1 on, not {count!r}'
+      )
   rng = np.random.RandomState(seed)
   patterns = rng.randint(0, 2, (classes, *shape)).astype(np.uint8) * 64
 

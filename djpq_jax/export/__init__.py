@@ -152,12 +152,8 @@ def _place(path) -> pathlib.Path:
       'give a file here, and copy it there'
     )
   place = pathlib.Path(text)
+  files.check_place(place)
   folder = place.absolute().parent
-  if place.is_dir():
-    raise ValueError(f'{text} is a folder; give the name of a file in it')
-  file = files.obstacle(folder)
-  if file is not None:
-    raise ValueError(f'{text} cannot be written: {file} is a file')
   if not folder.exists():
     raise ValueError(
       f'{text} cannot be written: there is no folder {folder}; make it first'

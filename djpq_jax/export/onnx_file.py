@@ -124,9 +124,9 @@ class Session:
       self.batch = None
 
   def __call__(self, images: np.ndarray) -> np.ndarray:
-    """Images [B, H, W, C] -> logits [B, classes], float32."""
+    """Images [B, H, W, C], as float32 -> logits [B, classes], float32."""
     name = self._session.get_inputs()[0].name
-    return self._session.run(None, {name: images})[0]
+    return self._session.run(None, {name: np.asarray(images, np.float32)})[0]
 
 
 def operators(path) -> dict[str, int]:

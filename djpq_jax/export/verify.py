@@ -18,7 +18,8 @@ class Deviation:
 
   Attributes:
     images: that both were run on.
-    predictions: images with another prediction.
+    predictions: images with another prediction, the largest of the logits
+      along their last axis; none where there is one number for each image.
     largest: of all differences, in units of the logits.
     logit_range: from the smallest logit to the largest.
     step: of the grid of the logits, step of the last kernel times step of its
@@ -81,7 +82,7 @@ def compare(
   """Compares logits.
 
   Args:
-    wanted: of the model, float32 [N, classes].
+    wanted: of the model, float32 [N, classes], or any shape [N, ...].
     found: of the file, likewise.
     step: from `output_step`.
 
@@ -107,15 +108,22 @@ def compare(
   if step is not None and step.ndim and len(step) != wanted.shape[-1]:
     step = step.max()
   limit = 1e-5 * span if step is None else step
-  other = wanted.argmax(-1) != found.argmax(-1)
+  other = np.zeros(len(wanted), bool)
+  if wanted.ndim > 1:
+    other = _any(wanted.argmax(-1) != found.argmax(-1))
   return Deviation(
     images=len(wanted),
     predictions=int(other.sum()),
     largest=float(difference.max()),
     logit_range=span,
     step=None if step is None else float(step.max()),
-    beyond_step=int((difference > limit).any(-1).sum()),
+    beyond_step=int(_any(difference > limit).sum()),
   )
+
+
+def _any(found: np.ndarray) -> np.ndarray:
+  """Of which images anything is true, [N]."""
+  return np.any(found.reshape(len(found), -1), axis=-1)
 
 
 def run(

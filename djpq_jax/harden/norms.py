@@ -7,6 +7,7 @@ the batch, stays as it is.
 """
 
 import collections
+from typing import Any
 
 from flax import nnx
 import jax
@@ -54,6 +55,8 @@ def _for_others(model: parts.HardenedModel) -> set[tuple]:
   class Noting(nnx.BatchNorm):
     """Notes what is asked for, and reads none of its variables."""
 
+    noted_as: tuple = ()  # its path
+
     def __call__(self, x, use_running_average=None, **kwargs):
       running = use_running_average
       if running is None:
@@ -74,10 +77,14 @@ def _for_others(model: parts.HardenedModel) -> set[tuple]:
   def call(values, arrays):
     state = nnx.from_flat_state(zip(paths, values, strict=True))
     copy = nnx.merge(graphdef, state)
-    for path, module in list(nnx.iter_modules(copy)):
-      if type(module) is nnx.BatchNorm:
-        module.__class__, module.noted_as = Noting, path
-        norms.add(path)
+    found_norms: list[tuple[tuple, Any]] = [
+      (path, module)
+      for path, module in nnx.iter_modules(copy)
+      if type(module) is nnx.BatchNorm
+    ]
+    for path, module in found_norms:
+      module.__class__, module.noted_as = Noting, path
+      norms.add(path)
     args, kwargs = whole(arrays)
     return graph_lib.split_arrays(copy(*args, **kwargs))[0]
 

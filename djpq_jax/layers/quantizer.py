@@ -97,7 +97,12 @@ class Quantizer(nnx.Module):
       `ops.quantize` says; in place of the two before.
     may_lack_zero: whether a grid of the choices is a mid-rise one if it has
       `MID_RISE_TO` bits or fewer, and none if it has more, whatever `mid_rise`
-      says: the grids that are left once bits are fixed.
+      says: the grids that are left once bits are fixed.  For signed grids with
+      ``narrow_range=False``, without exponent and `below`.
+
+  Raises:
+    ValueError: fewer bits than such a grid can have, or `may_lack_zero` with
+      another grid.
   """
 
   def __init__(
@@ -117,6 +122,12 @@ class Quantizer(nnx.Module):
     mid_rise: bool = False,
     may_lack_zero: bool = False,
   ):
+    plain = signed and not narrow_range and below is None
+    if may_lack_zero and (learn_exponent or not plain):
+      raise ValueError(
+        'may_lack_zero is for signed grids with narrow_range=False, without '
+        'exponent and below'
+      )
     clip = jnp.asarray(clip, jnp.float32)
     self.signed = signed
     self.bounds = (float(bounds[0]), float(bounds[1]))
@@ -134,6 +145,8 @@ class Quantizer(nnx.Module):
     if learn_exponent:
       t = jnp.asarray(exponent, jnp.float32)
       self.log_exponent = QuantParam(jnp.log(t))
+    for count in (bits, *self.bounds):
+      self._above(float(count))  # which refuses those that no grid has
     if not fixed:
       step = grid.step_for_bits(float(bits), clip, t, **self.extent)
       self.log_step = QuantParam(jnp.log(step))

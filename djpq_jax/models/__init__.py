@@ -76,7 +76,7 @@ def create(name: str, *, seed: int = 0, **kwargs: Any) -> Any:
     )
   try:
     return constructor(**kwargs, rngs=nnx.Rngs(seed))
-  except TypeError as error:
+  except (TypeError, ArithmeticError) as error:
     raise ValueError(f'{name} refuses {kwargs}: {error}') from error
 
 

@@ -32,6 +32,7 @@ def sample_gate(key, mu, log_sigma2, shape):
     Array of `shape`, in mu's dtype; differentiable in mu and log_sigma2.
 
   Raises:
+    TypeError: mu is not floating.
     ValueError: mu or log_sigma2 do not broadcast to `shape`, or the last
       dimension of `shape` is not C.
 
@@ -41,6 +42,8 @@ def sample_gate(key, mu, log_sigma2, shape):
   """
   mu, shape = jnp.asarray(mu), tuple(shape)
   dtype = mu.dtype
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise TypeError(f'mu must be floating, not {dtype}')
   if mu.shape[-1:] != shape[-1:]:
     raise ValueError(f'mu of shape {mu.shape} does not end as shape {shape}')
   mu, log_sigma2 = _float32(mu, log_sigma2)

@@ -116,14 +116,22 @@ def levels_above(bits, *, signed=True, below=None, mid_rise=False):
   Returns:
     A float for a Python number, else an array; differentiable.
 
+  Raises:
+    ValueError: a Python number of bits that leaves no level above zero.
+
   >>> levels_above(4), levels_above(4, signed=False), levels_above(2, below=0.5)
   (7.0, 15.0, 2.0)
   """
   power = (lambda n: 2.0**n) if isinstance(bits, int | float) else jnp.exp2
   below = _spread_below(signed, below, mid_rise)
   if below is not None:
-    return (power(bits) - 1) / (1 + below)
-  return power(bits - int(signed)) - 1
+    found = (power(bits) - 1) / (1 + below)
+  else:
+    found = power(bits - int(signed)) - 1
+  if isinstance(found, float) and not found > 0:
+    what = 'a signed grid' if signed and below is None else 'a grid'
+    raise ValueError(f'{what} of {bits:g} bits has no level above zero')
+  return found
 
 
 def _spread_below(signed, below, mid_rise):

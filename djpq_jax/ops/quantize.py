@@ -124,13 +124,13 @@ def quantize(
   Array([-1.5, -0.5,  0.5,  1.5], dtype=float32)
   """
   sides = _sides(signed, narrow_range, exponent, below, mid_rise, floor)
-  x, unit, step, clip, exponent, floor = _operands(
+  x, step, clip, exponent, floor, unit = _operands(
     x,
-    unit=_unit(step_size),
     step_size=step_size,
     clip=clip,
     exponent=exponent,
     floor=floor,
+    unit=_unit(step_size),
   )
   if exponent is None:
     return _uniform(x, unit, step, clip, floor, sides)
@@ -177,8 +177,8 @@ def quantize_lsq(
 
   Raises:
     TypeError: x is not floating.
-    ValueError: a parameter does not broadcast to x, or `below` or `mid_rise`
-      is refused as by `quantize`.
+    ValueError: a parameter does not broadcast to x, there are too few bits, or
+      `below` or `mid_rise` is refused as by `quantize`.
 
   >>> quantize_lsq(jnp.array([-2.0, 0.3, 0.8]), 1.0, 3)
   Array([-1.        ,  0.33333334,  0.6666667 ], dtype=float32)
@@ -192,8 +192,8 @@ def quantize_lsq(
   step = clip / grid.levels_above(
     bits, signed=signed, below=below, mid_rise=mid_rise
   )
-  x, unit, step, clip = _operands(
-    x, unit=_unit(clip), step_size=step, clip=clip
+  x, clip, step, unit = _operands(
+    x, clip=clip, step_size=step, unit=_unit(clip)
   )
   sides = _sides(signed, narrow_range, below=below, mid_rise=mid_rise)
   sides = sides._replace(binary=mid_rise and bits == 1)

@@ -45,9 +45,15 @@ class Checkpoints:
       ('gs://...').
     keep: how many of the last ones stay.
     keep_best: whether the one of the best accuracy stays, too.
+
+  Raises:
+    CheckpointError: a file is where the folder should be.
   """
 
   def __init__(self, folder, *, keep: int = 2, keep_best: bool = False):
+    file = files.obstacle(files.path(folder))
+    if file is not None:  # about which orbax tells pages
+      raise CheckpointError(f'{file} is a file, not a folder of checkpoints')
     self.folder = folder
     self._keep_best = keep_best
     kept = policies.LatestN(keep)
