@@ -210,6 +210,13 @@ def test_mistakes_in_a_file(write, line, message):
     ('data.kwargs.data_dir=D', 'data.kwargs.data_dir is the field data.dir'),
     ('model.kwargs={1:2}', 'names of arguments are text, got model.kwargs.1'),
     ('float={1:2}', 'names of fields are text, got float.1'),
+    (
+      "model.kwargs.x={'a': [1j]}",
+      'model.kwargs.x.a takes numbers, text, lists and fields of Python, got a '
+      'value of type complex',
+    ),
+    ('data.kwargs.x=[{1: 2}]', 'data.kwargs.x has fields in a list'),
+    ("rules=[{'pattern': b'a'}]", 'pattern of a rule takes numbers, text'),
     ('rules=3', 'rules takes dicts in a list, got 3'),
     ('rules=["conv"]', "rules takes dicts in a list, got ['conv']"),
     ('budget', "'budget' is not of the form field=value"),

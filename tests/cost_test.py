@@ -51,6 +51,15 @@ def test_exact_input_gives_an_int_beyond_float_precision(f):
   assert got == one
 
 
+def test_small_integers_of_numpy_do_not_overflow():
+  small = [_use(macs=np.int16(2**14), weight_bits=np.int8(4))] * 9
+  plain = [_use(macs=2**14, weight_bits=4)] * 9
+  for f in (*SUMS, cost.float_bops):
+    assert type(f(small)) is int
+    assert f(small) == f(plain)
+  assert cost.relative(small) == cost.relative(plain)
+
+
 @pytest.mark.parametrize('f', SUMS)
 def test_a_sum_that_is_not_whole_raises(f):
   with pytest.raises(ValueError, match='not whole'):

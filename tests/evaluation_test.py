@@ -37,6 +37,12 @@ def test_accuracy_counts():
   assert evaluation.accuracy(-logits, split) == 0
 
 
+def test_a_model_of_fewer_classes_than_the_data_is_refused():
+  split = tiny.split(4)
+  with pytest.raises(ValueError, match=r'logits of 2 classes, but .* has 3'):
+    evaluation.accuracy(np.zeros((4, 2)), split)
+
+
 def test_cross_entropy_is_that_of_the_loss():
   split = tiny.split(4)
   logits = 1e3 * np.random.default_rng(0).normal(size=(4, 3))  # none overflows

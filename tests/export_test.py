@@ -131,6 +131,14 @@ def test_onnx_computes_what_the_model_does(name, form, tmp_path):
   assert found.float_layers == {}
 
 
+def test_images_of_another_dtype_are_taken_as_float32(tmp_path):
+  model = build('flatten')
+  images = np.asarray(IMAGES, np.float64)
+  for form in export.FORMATS:
+    found = export.export(model, tmp_path / form, images, format=form)
+    assert found.deviation.largest == 0
+
+
 @pytest.mark.parametrize('form', ['exact', 'integer'])
 @pytest.mark.parametrize('name', KINDS)
 @pytest.mark.parametrize('bits', [1, 2, 4, 8])
@@ -443,6 +451,16 @@ def test_deviations_are_told():
     ValueError, match=r'of shape \(2, 1\), the model \(2, 2\)'
   ):
     verify.compare(logits, logits[:, :1], None)
+
+
+def test_deviations_are_of_images_whatever_a_model_gives():
+  rng = np.random.default_rng(0)
+  maps = rng.normal(size=(2, 4, 4, 3)).astype(np.float32)
+  found = verify.compare(maps, maps[..., ::-1], None)
+  assert (found.images, found.predictions, found.beyond_step) == (2, 2, 2)
+  numbers = np.array([1.0, 2.0, 2.001])
+  found = verify.compare(numbers, numbers + [0, 2e-3, 0], np.array(1.0))
+  assert (found.predictions, found.beyond_step) == (0, 0)
 
 
 def test_a_call_may_have_any_number_of_images():

@@ -27,6 +27,27 @@ def test_what_stands_in_the_way_of_a_folder(tmp_path):
     assert files.obstacle(path) == tmp_path / 'file'
 
 
+def test_a_link_stays_one(tmp_path):
+  target, link = tmp_path / 'deep' / 'target', tmp_path / 'link'
+  link.symlink_to(target)
+  for content in ('old', 'new'):
+    assert files.replace(link, content) == link
+    assert link.is_symlink()
+    assert target.read_text() == content
+  assert [f.name for f in target.parent.iterdir()] == ['target']
+
+
+def test_what_is_no_place_for_a_file(tmp_path):
+  with pytest.raises(ValueError, match='is a folder; give the name of a file'):
+    files.replace(tmp_path, 'a')
+  os.mkfifo(tmp_path / 'pipe')
+  with pytest.raises(ValueError, match='pipe is no regular file'):
+    files.replace(tmp_path / 'pipe', 'a')
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(ValueError, match=r'cannot be written: .*file is a file'):
+    files.replace(tmp_path / 'file' / 'page', 'a')
+
+
 def test_many_writers(tmp_path):
   contents = [bytes([n]) * 100_000 for n in range(8)]
   with futures.ThreadPoolExecutor(8) as pool:

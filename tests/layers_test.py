@@ -362,6 +362,24 @@ def test_choices_have_the_grids_that_are_left_once_bits_are_fixed(
   np.testing.assert_allclose(grads['log_step'], -grads['log_clip'], rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+  ('changed', 'message'),
+  [
+    ({'narrow_range': True}, 'may_lack_zero is for'),
+    ({'below': 0.5}, 'may_lack_zero is for'),
+    ({'learn_exponent': True}, 'may_lack_zero is for'),
+    ({'signed': False}, 'may_lack_zero is for'),
+    ({'may_lack_zero': False, 'mid_rise': False}, 'of 1 bits has no level'),
+  ],
+)
+def test_grids_that_there_are_not(changed, message):
+  settings = dict(signed=True, bounds=(1, 8), choices=(1, 2, 3))
+  settings |= dict(mid_rise=True, narrow_range=False, may_lack_zero=True)
+  layers.Quantizer(0.9, 4.0, **settings)
+  with pytest.raises(ValueError, match=message):
+    layers.Quantizer(0.9, 4.0, **(settings | changed))
+
+
 def test_infinities_saturate_at_one_bit_too():
   q = _quantizer(1.5, 1.1, bounds=(1, 8), choices=(1, 2, 3), mid_rise=True)
   np.testing.assert_allclose(q(jnp.array([-jnp.inf, jnp.inf])), [-1.5, 1.5])

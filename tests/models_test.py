@@ -286,6 +286,7 @@ class CreateTest(parameterized.TestCase):
     ('lenet5', dict(input_shape=(28, 28)), r'height, width, channels.*28\)'),
     ('lenet5', dict(input_shape=(0, 4, 1)), '>= 1'),
     ('digits_cnn', dict(channels=(1, 2)), r'4 convolutions.*\(1, 2\)'),
+    ('digits_cnn', dict(channels=(0, 4, 4, 4)), 'digits_cnn refuses .*by zero'),
   )
   def test_refuses(self, name, kwargs, message):
     with self.assertRaisesRegex(ValueError, message):

@@ -259,6 +259,12 @@ def test_a_checkpoint_that_cannot_be_written(
   assert found.value.filename == str(tmp_path / 'a')
 
 
+def test_a_file_in_place_of_the_folder(tmp_path):
+  (tmp_path / 'a').write_text('')
+  with pytest.raises(train.CheckpointError, match='a is a file, not a folder'):
+    train.Checkpoints(tmp_path / 'a')
+
+
 def test_a_disk_that_fails_damages_no_checkpoint(tmp_path, monkeypatch):
   def fail(*args, **kwargs):
     raise OSError(errno.ESTALE, 'Stale file handle')

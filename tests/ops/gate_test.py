@@ -161,6 +161,8 @@ def test_what_does_not_broadcast_raises_with_shapes():
   key = jax.random.key(0)
   with pytest.raises(ValueError, match=r'\(3,\) does not end as.*\(2, 4\)'):
     gate.sample_gate(key, jnp.ones(3), jnp.zeros(3), (2, 4))
+  with pytest.raises(TypeError, match='mu must be floating, not int32'):
+    gate.sample_gate(key, jnp.arange(3), jnp.zeros(3), (2, 3))
   with pytest.raises(ValueError, match=r'\(3,\).*\(2,\)'):
     gate.gate_kl(jnp.ones(3), jnp.zeros(2))
   with pytest.raises(ValueError, match=r'\(5, 3\).*\(2, 3\)'):

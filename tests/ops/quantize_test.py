@@ -734,6 +734,13 @@ def test_what_does_not_broadcast_raises_with_shapes():
   x = jnp.ones((2, 3))
   with pytest.raises(ValueError, match=r'clip of shape \(2,\).*\(2, 3\)'):
     quantize.quantize(x, 0.1, jnp.ones(2))
+  for f in (quantize.quantize, quantize.quantize_to_int):
+    with pytest.raises(ValueError, match=r'step_size of shape \(2,\)'):
+      f(x, jnp.ones(2), 1.0)
+  with pytest.raises(ValueError, match=r'clip of shape \(2,\)'):
+    quantize.quantize_lsq(x, jnp.ones(2), 4)
+  with pytest.raises(ValueError, match='a signed grid of 1 bits has no level'):
+    quantize.quantize_lsq(x, 1.0, 1)
   with pytest.raises(ValueError, match=r'step_size of shape \(4, 2, 3\)'):
     quantize.quantize_to_int(x, jnp.ones((4, 2, 3)), 1.0)
   with pytest.raises(ValueError, match=r'\(2,\), \(3,\)'):
