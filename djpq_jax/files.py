@@ -58,21 +58,22 @@ def obstacle(path: pathlib.Path) -> pathlib.Path | None:
   return None
 
 
-def check_place(path: pathlib.Path) -> None:
+def check_place(name: str | os.PathLike[str]) -> None:
   """Refuses a place of this machine where no file can be put.
 
   Raises:
     ValueError: it is a folder, a device, or below a file.
   """
-  if is_remote(path):
+  if is_remote(name):
     return
-  file = obstacle(path.absolute().parent)
+  where, text = pathlib.Path(name), os.fspath(name)
+  file = obstacle(where.absolute().parent)
   if file is not None:
-    raise ValueError(f'{path} cannot be written: {file} is a file')
-  if path.is_dir():
-    raise ValueError(f'{path} is a folder; give the name of a file in it')
-  if path.exists() and not path.is_file():  # as /dev/null
-    raise ValueError(f'{path} is no regular file; give the name of one')
+    raise ValueError(f'{text} cannot be written: {file} is a file')
+  if where.is_dir():
+    raise ValueError(f'{text} is a folder; give the name of a file in it')
+  if where.exists() and not where.is_file():  # as /dev/null
+    raise ValueError(f'{text} is no regular file; give the name of one')
 
 
 def absolute(path: pathlib.Path) -> pathlib.Path:

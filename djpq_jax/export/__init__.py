@@ -152,7 +152,7 @@ def _place(path) -> pathlib.Path:
       'give a file here, and copy it there'
     )
   place = pathlib.Path(text)
-  files.check_place(place)
+  files.check_place(text)
   folder = place.absolute().parent
   if not folder.exists():
     raise ValueError(
