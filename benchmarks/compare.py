@@ -41,6 +41,7 @@ CONTROLS: dict[str, dict[str, Any]] = {
 # alone, and one at least.
 REAL_BITS = {'search': {'whole_bits_to': 0}}
 WHOLE_BITS = {'search': {'whole_bits_to': 16}}
+WHOLE_TO_2 = {'search': {'whole_bits_to': 2}}
 # What is done otherwise, each alone: a contestant 'DJPQ NAME @BUDGET'.
 FROM_8_BITS = {'search': {'bits': 8.0, 'ramp': 0.7}}
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -60,6 +61,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
   'without rules': {'rules': ()},
   'real-valued bits': REAL_BITS,
   'whole bits': WHOLE_BITS,
+  'whole bits to 2': WHOLE_TO_2,
 }
 # Likewise, by a rule for all layers after those of the experiment.
 RULES = {
