@@ -44,6 +44,15 @@ def _bits_held(held: int):
   return bits
 
 
+def _held_back(self, x):
+  """Beyond the level of one bit x has no gradient, as beyond other clips."""
+  if self.fixed_bits is None and self.signed and 1 in self.choices:
+    clip = jnp.exp(self.log_clip[...])
+    far = (jnp.abs(x) > clip) & (self.bits() < 2)
+    x = jnp.where(far, jax.lax.stop_gradient(x), x)
+  return _QUANTIZE(self, x)
+
+
 def _means(found, key, batch: int):
   """Gates without noise; the cost still closes them."""
   del key, batch
@@ -141,6 +150,7 @@ _STEPS = {'finetune': 1}
 _SEARCH = phases.search
 _PLAN = allocate.plan
 _BITS = layers.Quantizer.bits
+_QUANTIZE = layers.Quantizer.__call__
 _TOTAL_LOSS = step_lib.total_loss
 _FINETUNE_STATE = phases.finetune_state
 _MAKE = optim.make
@@ -150,6 +160,7 @@ _MODEL_OF = train.model_of
 PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
   'BOPs move steps alone': [(layers.Quantizer, 'bits', _bits_held(1))],
   'BOPs move clips alone': [(layers.Quantizer, 'bits', _bits_held(0))],
+  'one bit held back': [(layers.Quantizer, '__call__', _held_back)],
   'gates without noise': [(layers, 'sample', _means)],
   'damped weights': [
     (step_lib, 'total_loss', _damped_loss),
