@@ -62,6 +62,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
   'real-valued bits': REAL_BITS,
   'whole bits': WHOLE_BITS,
   'whole bits to 2': WHOLE_TO_2,
+  'MACs to 80%': {'budget_macs': 0.8},
 }
 # Likewise, by a rule for all layers after those of the experiment.
 RULES = {
@@ -110,8 +111,10 @@ def contestants(base, budgets, shares=()):
     for variant in ('per channel', 'signed inputs', 'with a zero'):
       rows[f'{name} {variant}'] = control | ruled(RULES[variant])
   del rows['W1A2 with a zero']  # of one bit there is none
+  fast_gates = {'gate_rate': 2 * base.search.optimizer.gate_rate}
   methods = {
     'DJPQ': {},
+    'DJPQ gates twice as fast': {'search': {'optimizer': fast_gates}},
     'DJPQ rates x 10': _rates(base, 10.0),
     'DJPQ rates / 10': _rates(base, 0.1),
     'DJPQ half the search': _half_the_search(base),
