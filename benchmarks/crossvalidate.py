@@ -20,6 +20,7 @@ from typing import Any
 
 import ablations
 import compare
+import contestants
 import jax
 import numpy as np
 import result_files
@@ -81,7 +82,7 @@ def settings(variant: str, source: str, always: list[str]):
     return name, config
   if name in ablations.PATCHES:
     return name, config
-  rows = compare.contestants(config, [config.budget])
+  rows = contestants.named(config, [config.budget])
   fields = rows.get(f'{name} @{config.budget:.3%}', rows.get(name))
   if fields is None:
     raise SystemExit(f'no contestant and no ablation has the name {name!r}')

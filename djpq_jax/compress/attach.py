@@ -413,8 +413,8 @@ def calibrate(
     x = np.concatenate([v.ravel() for v in values])
     if not np.all(np.isfinite(x)):
       raise ValueError(
-        f'inputs of {path} are not finite on the calibration batch; what is '
-        'infinite may enter no quantized layer'
+        f'inputs of {path} are not finite on the calibration batch: values of '
+        'the batch or weights of the model are not'
       )
     kept = percentile
     clip = np.percentile(np.abs(x), kept)

@@ -101,10 +101,9 @@ class Interpreter:
     tagged = []
     roles = (('inputs', eqn.params['mapped']), ('kernel', ()))
     for x, (role, mapped) in zip(operands, roles, strict=True):
-      seen = [d for d in range(len(x.shape)) if d not in mapped]
-      axes = tuple(
-        seen.index(d) if d in seen else None for d in range(len(x.shape))
-      )
+      physical = range(len(x.shape))
+      seen = [d for d in physical if d not in mapped]
+      axes = tuple(map(dict(zip(seen, itertools.count())).get, physical))
       tag = arrays.Tag(layer, call, role, len(seen), axes)
       tagged.append(dataclasses.replace(x, tag=tag))
     return tagged
