@@ -161,7 +161,6 @@ PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
   'BOPs move steps alone': [(layers.Quantizer, 'bits', _bits_held(1))],
   'BOPs move clips alone': [(layers.Quantizer, 'bits', _bits_held(0))],
   'one bit held back': [(layers.Quantizer, '__call__', _held_back)],
-  'from 1.4 x the budget': [(phases, 'HEADROOM', 1.4)],
   'gates without noise': [(layers, 'sample', _means)],
   'damped weights': [
     (step_lib, 'total_loss', _damped_loss),

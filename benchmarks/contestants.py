@@ -81,10 +81,15 @@ def named(base, budgets, shares=()):
     for variant in ('per channel', 'signed inputs', 'with a zero'):
       rows[f'{name} {variant}'] = control | ruled(RULES[variant])
   del rows['W1A2 with a zero']  # of one bit there is none
-  fast_gates = {'gate_rate': 2 * base.search.optimizer.gate_rate}
+
+  def gates_at(factor):
+    rate = factor * base.search.optimizer.gate_rate
+    return {'search': {'optimizer': {'gate_rate': rate}}}
+
   methods = {
     'DJPQ': {},
-    'DJPQ gates twice as fast': {'search': {'optimizer': fast_gates}},
+    'DJPQ gates twice as fast': gates_at(2),
+    'DJPQ gates four times as fast': gates_at(4),
     'DJPQ rates x 10': _rates(base, 10.0),
     'DJPQ rates / 10': _rates(base, 0.1),
     'DJPQ half the search': _half_the_search(base),
