@@ -24,6 +24,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     'finetune': {'optimizer': {'warmup': 0.0}},
   },
   'a fast ramp': {'search': {'ramp': 0.1}},
+  'a slow ramp': {'search': {'ramp': 0.7}},
   'KL 1e-4': {'search': {'kl_weight': 1e-4}},
   'KL 1e-3': {'search': {'kl_weight': 1e-3}},
   'statistics of the training': {'statistics_batches': 0},
@@ -81,15 +82,13 @@ def named(base, budgets, shares=()):
     for variant in ('per channel', 'signed inputs', 'with a zero'):
       rows[f'{name} {variant}'] = control | ruled(RULES[variant])
   del rows['W1A2 with a zero']  # of one bit there is none
-
-  def gates_at(factor):
-    rate = factor * base.search.optimizer.gate_rate
-    return {'search': {'optimizer': {'gate_rate': rate}}}
-
+  fast_gates = {'gate_rate': 2 * base.search.optimizer.gate_rate}
   methods = {
     'DJPQ': {},
-    'DJPQ gates twice as fast': gates_at(2),
-    'DJPQ gates four times as fast': gates_at(4),
+    'DJPQ gates twice as fast': {'search': {'optimizer': fast_gates}},
+    'DJPQ a slow ramp, gates twice as fast': {
+      'search': {'ramp': 0.7, 'optimizer': fast_gates}
+    },
     'DJPQ rates x 10': _rates(base, 10.0),
     'DJPQ rates / 10': _rates(base, 0.1),
     'DJPQ half the search': _half_the_search(base),
