@@ -32,6 +32,8 @@ BENCHMARKS = pathlib.Path(__file__).parent.parent / 'benchmarks'
 @pytest.fixture(autouse=True)
 def importable(monkeypatch):
   monkeypatch.syspath_prepend(BENCHMARKS)
+  # Between runs they forget what was compiled, which the next test needs.
+  monkeypatch.setattr(jax, 'clear_caches', lambda: None)
 
 
 @pytest.fixture

@@ -30,6 +30,11 @@ os.environ['JAX_COMPILATION_CACHE_DIR'] = os.path.join(
 )
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 
+# Most of their time is spent on compiling small programs, which takes half as
+# long where LLVM does not optimize them.  What computes is tested as users run
+# it, in the files named below.
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', 'true')
+
 # These tests are for a CPU; JAX_PLATFORMS=cuda overrides.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
@@ -47,6 +52,22 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 # They run whole training loops, schedules and norms included.
 _STANDARD_PROMOTION = {'cli_test', 'end_to_end_test', 'optim_test'}
 _STANDARD_PROMOTION |= {'train_test', 'parallel_test'}
+
+# What these compute is compared bit for bit, or takes longer than to compile.
+_OPTIMIZED = {'docs_test', 'examples_test', 'export_test', 'harden_test'}
+_OPTIMIZED |= {'integer_test', 'reproducible_test', 'train_depthwise_test'}
+
+
+@pytest.fixture(autouse=True, scope='module')
+def optimized(request):
+  """Has programs optimized in the modules that are about their numbers."""
+  name, path = 'jax_disable_most_optimizations', request.path
+  asked = path.stem not in _OPTIMIZED and path.parent.name != 'ops'
+  with pytest.MonkeyPatch.context() as patch:
+    # Processes of their own are told by the environment.
+    patch.setenv(name.upper(), str(asked).lower())
+    jax.config.update(name, asked)
+    yield
 
 
 @pytest.fixture(scope='module')

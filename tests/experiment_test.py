@@ -65,6 +65,16 @@ def check_report(report, workdir):
   assert report['accuracy'] == evaluation.evaluate(reloaded, test)
 
 
+def test_a_phase_compiles_its_step_once(config, tmp_path, caplog):
+  """Also where its model comes from a checkpoint, and its grids do not."""
+  one = {'epochs': 1}
+  config = config_lib.change(config, float=one, search=one, finetune=one)
+  with jax.log_compiles():
+    experiment.run(config, tmp_path)
+  ends = 'Finished XLA compilation of jit(train_step)'
+  assert sum(ends in message for message in caplog.messages) == 3
+
+
 @pytest.mark.parametrize('saved', [True, False])
 def test_keep_best_ends_with_the_best_look(
   config, tmp_path, monkeypatch, saved

@@ -144,7 +144,10 @@ def spread(run: setting.Run):
   """How a state and a batch get to the devices, and what steps there."""
   mesh, wrapper = run.mesh(), run.config.step.wrapper
   if mesh.size == 1 and wrapper == 'jit':
-    return lambda state: state, train.jit_step, None
+    # Some arrays of a state may be tied to the device, as those of a model that
+    # was restored, and a step's results all are: it would compile twice.
+    device = mesh.devices.item()
+    return lambda state: jax.device_put(state, device), train.jit_step, None
   wrap = {'jit': parallel.jit_step, 'pmap': parallel.pmap_step}[wrapper]
   return (
     lambda state: parallel.replicate(state, mesh),
