@@ -13,7 +13,7 @@ export JAX_PLATFORMS
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # What also has to pass in the other mode of flax.nnx.
-TREE_MODE_TESTS = $(wildcard tests/graph* tests/layers* tests/train*)
+TREE_MODE_TESTS = $(wildcard tests/graph* tests/layers* tests/train_test.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test docs browser lint format wheel clean

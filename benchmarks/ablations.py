@@ -4,6 +4,7 @@ Variants of crossvalidate.py, and contestants 'DJPQ NAME @BUDGET' of compare.py.
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -11,10 +12,12 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import sensitivity
 
 from djpq_jax import allocate
+from djpq_jax import budget as budget_lib
 from djpq_jax import compress
 from djpq_jax import layers
 from djpq_jax import optim
@@ -26,6 +29,7 @@ from djpq_jax.train import step as step_lib
 
 DAMPING = 1e-4  # per weight, of its squared distance from the grid, in steps
 SAMPLE: dict[str, Any] = {}  # 'images' that a plan is measured on
+LOOKING_BACK = 10.0  # steps
 AVERAGED = 0.05  # of a phase's steps: what an average of weights looks back on
 
 
@@ -146,6 +150,38 @@ def _measured_plan(model, budgets, choices=None):
   return sensitivity.least(structure, plan, costs, most)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Watching:
+  """The controller's state, and where it saw the cost, float32 scalars."""
+
+  log_strength: jax.Array
+  log_cost: jax.Array  # a running mean
+
+
+def _watching(self):
+  start = jnp.asarray(np.log(max(self.start, self.budget)), jnp.float32)
+  strength = _INIT(self).log_strength
+  return _Watching(log_strength=strength, log_cost=start)
+
+
+def _update_unless_it_falls(self, control, step, relative):
+  """No more strength while the cost falls half as fast as its target, or more.
+
+  Bits and gates move at the rates of their optimizer however hard they are
+  pushed, and what is pushed harder meanwhile is all the rest.
+  """
+  cost = jax.lax.stop_gradient(jnp.log(relative))
+  mean = control.log_cost + (cost - control.log_cost) / LOOKING_BACK
+  falls = (mean - control.log_cost) < jnp.log(
+    self.target(step + 1) / self.target(step)
+  ) / 2
+  strength, found = _UPDATE(self, control, step, relative)
+  held = jnp.minimum(found.log_strength, control.log_strength)
+  total = jnp.where(falls, held, found.log_strength)
+  return strength, _Watching(log_strength=total, log_cost=mean)
+
+
 _STEPS = {'finetune': 1}
 _SEARCH = phases.search
 _PLAN = allocate.plan
@@ -155,12 +191,18 @@ _TOTAL_LOSS = step_lib.total_loss
 _FINETUNE_STATE = phases.finetune_state
 _MAKE = optim.make
 _MODEL_OF = train.model_of
+_UPDATE = budget_lib.Controller.update
+_INIT = budget_lib.Controller.init
 
 # Name -> what is replaced: (where, attribute, by what).
 PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
   'BOPs move steps alone': [(layers.Quantizer, 'bits', _bits_held(1))],
   'BOPs move clips alone': [(layers.Quantizer, 'bits', _bits_held(0))],
   'one bit held back': [(layers.Quantizer, '__call__', _held_back)],
+  'no push while it falls': [
+    (budget_lib.Controller, 'init', _watching),
+    (budget_lib.Controller, 'update', _update_unless_it_falls),
+  ],
   'gates without noise': [(layers, 'sample', _means)],
   'damped weights': [
     (step_lib, 'total_loss', _damped_loss),

@@ -28,7 +28,7 @@ if _COMPILED not in os.environ:
 os.environ['JAX_COMPILATION_CACHE_DIR'] = os.path.join(
   os.environ[_COMPILED], os.environ.get('PYTEST_XDIST_WORKER', 'main')
 )
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.05')
 
 # Most of their time is spent on compiling small programs, which takes half as
 # long where LLVM does not optimize them.  What computes is tested as users run

@@ -2,6 +2,7 @@
 
 from flax import nnx
 import jax.numpy as jnp
+import numpy as np
 
 from djpq_jax import compress
 from djpq_jax import layers
@@ -33,8 +34,10 @@ def harden(model: compress.Compressed) -> parts.HardenedModel:
       continue
     # What is not learned may be infinite, as a mask of attention.
     learned = isinstance(leaf, nnx.Param | nnx.BatchStat)
-    bad = ~jnp.isfinite(value) if learned else jnp.isnan(value)
-    if jnp.any(bad):
+    # In NumPy: a compiled program for each shape would take longer.
+    value = np.asarray(value)
+    bad = ~np.isfinite(value) if learned else np.isnan(value)
+    if np.any(bad):
       raise ValueError(
         f'{"/".join(map(str, path))} is not finite; nothing was hardened'
       )

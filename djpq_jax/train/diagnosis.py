@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,15 +87,24 @@ def check_alive(model: compress.Compressed, *args) -> None:
     *args: a batch of inputs.
   """
   taps = compress.inputs_of(model, *args)
-  for path, layer, operands in compress.hooks(model):
-    if operands.weight is None:
-      continue
-    dead = 'kernel' if not jnp.any(operands.weight(layer.kernel[...])) else ''
-    if not any(jnp.any(operands.act(x)) for x in taps[path]):
-      dead = 'input'
-    if dead:
-      raise TrainingError(
-        f'layer {path} has collapsed: its {dead} rounds to zero everywhere; '
-        'raise the budget, lower the rates of gates and quantizers, or give '
-        'the layer more bits or channels with a rule'
-      )
+  graphdef, state = nnx.split(model)
+
+  @jax.jit  # one program, where each operation on each shape would be one
+  def dead_of(state, taps):
+    found = {}
+    for path, layer, operands in compress.hooks(nnx.merge(graphdef, state)):
+      if operands.weight is not None:
+        kernel = ~jnp.any(operands.weight(layer.kernel[...]))
+        inputs = [jnp.any(operands.act(x)) for x in taps[path]]
+        found[path] = {'input': ~jnp.any(jnp.array(inputs)), 'kernel': kernel}
+    return found
+
+  found = dead_of(nnx.as_pure(state), taps)
+  for path, _, _ in compress.hooks(model):
+    for part, dead in found.get(path, {}).items():
+      if dead:
+        raise TrainingError(
+          f'layer {path} has collapsed: its {part} rounds to zero everywhere; '
+          'raise the budget, lower the rates of gates and quantizers, or give '
+          'the layer more bits or channels with a rule'
+        )
