@@ -54,8 +54,8 @@ _STANDARD_PROMOTION = {'cli_test', 'end_to_end_test', 'optim_test'}
 _STANDARD_PROMOTION |= {'train_test', 'parallel_test'}
 
 # What these compute is compared bit for bit, or takes longer than to compile.
-_OPTIMIZED = {'docs_test', 'examples_test', 'export_test', 'harden_test'}
-_OPTIMIZED |= {'integer_test', 'reproducible_test', 'train_depthwise_test'}
+_OPTIMIZED = {'export_test', 'harden_test', 'integer_test'}
+_OPTIMIZED |= {'reproducible_test', 'train_depthwise_test'}
 
 
 @pytest.fixture(autouse=True, scope='module')
