@@ -29,7 +29,7 @@ from djpq_jax.train import step as step_lib
 
 DAMPING = 1e-4  # per weight, of its squared distance from the grid, in steps
 SAMPLE: dict[str, Any] = {}  # 'images' that a plan is measured on
-LOOKING_BACK = 10.0  # steps
+LOOKING_BACK = 10.0  # steps, of a running mean of the cost
 AVERAGED = 0.05  # of a phase's steps: what an average of weights looks back on
 
 

@@ -82,12 +82,14 @@ def named(base, budgets, shares=()):
     for variant in ('per channel', 'signed inputs', 'with a zero'):
       rows[f'{name} {variant}'] = control | ruled(RULES[variant])
   del rows['W1A2 with a zero']  # of one bit there is none
-  fast_gates = {'gate_rate': 2 * base.search.optimizer.gate_rate}
+  gate_rate = 2 * base.search.optimizer.gate_rate
+  fast_gates = {'optimizer': {'gate_rate': gate_rate}}
   methods = {
     'DJPQ': {},
-    'DJPQ gates twice as fast': {'search': {'optimizer': fast_gates}},
+    'DJPQ two bits or more': two_bits,
+    'DJPQ gates twice as fast': {'search': fast_gates},
     'DJPQ a slow ramp, gates twice as fast': {
-      'search': {'ramp': 0.7, 'optimizer': fast_gates}
+      'search': ABLATIONS['a slow ramp']['search'] | fast_gates
     },
     'DJPQ rates x 10': _rates(base, 10.0),
     'DJPQ rates / 10': _rates(base, 0.1),
@@ -98,7 +100,6 @@ def named(base, budgets, shares=()):
     'DJPQ-restrict': {'bit_choices': (2, 4, 8, 16, 32)},
     'two-stage': {'method': 'two_stage'},
   }
-  methods['DJPQ two bits or more'] = two_bits
   for share in shares:
     two_stage = {'method': 'two_stage', 'two_stage_macs': share}
     methods[f'two-stage {share:.0%} MACs'] = two_stage

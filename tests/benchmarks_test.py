@@ -16,6 +16,7 @@ import pytest
 import tiny
 
 from djpq_jax import allocate
+from djpq_jax import budget as budget_lib
 from djpq_jax import compress
 from djpq_jax import interruption
 from djpq_jax import layers
@@ -261,6 +262,27 @@ def test_differences_are_those_of_pairs():
   assert rows[3] == (
     '| second | 6 | 6 | 150 | 96.00% | 0.7100 | +0.1100 ± 0.0058 |'
   )
+
+
+@pytest.mark.parametrize('falls', [True, False])
+def test_the_strength_grows_unless_the_cost_falls(ablations, falls):
+  controller = budget_lib.Controller(budget=0.01, start=0.04, steps=100)
+
+  def last_strength():
+    control = controller.init()
+    for step in range(20):  # above the target, which falls by 2 % a step
+      relative = jnp.float32(0.04 * (0.985**step if falls else 1.0))
+      _, control = controller.update(control, step, relative)
+    return float(jnp.exp(control.log_strength))
+
+  usual = last_strength()
+  assert usual > 1.3 * controller.initial_strength
+  with ablations.patched('no push while it falls'):
+    found = last_strength()
+  if falls:  # which the mean of the cost has to show first
+    assert controller.initial_strength < found < usual / 1.2
+  else:
+    assert found == usual
 
 
 @pytest.mark.parametrize('kept', ['step', 'clip'])

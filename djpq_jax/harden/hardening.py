@@ -34,7 +34,7 @@ def harden(model: compress.Compressed) -> parts.HardenedModel:
       continue
     # What is not learned may be infinite, as a mask of attention.
     learned = isinstance(leaf, nnx.Param | nnx.BatchStat)
-    # In NumPy: a compiled program for each shape would take longer.
+    # In NumPy, so that no program is compiled for each shape.
     value = np.asarray(value)
     bad = ~np.isfinite(value) if learned else np.isnan(value)
     if np.any(bad):
