@@ -14,6 +14,7 @@ CONTROLS: dict[str, dict[str, Any]] = {
 # What is done otherwise, each alone: a contestant 'DJPQ NAME @BUDGET'.
 FROM_8_BITS = {'search': {'bits': 8.0, 'ramp': 0.7}}
 ABLATIONS: dict[str, dict[str, Any]] = {
+  'from 3 bits': {'search': {'bits': 3.0}},
   'from 8 bits': FROM_8_BITS,
   'from 8 bits, rewound': FROM_8_BITS | {'finetune': {'rewind': True}},
   'rewound': {'finetune': {'rewind': True}},

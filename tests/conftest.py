@@ -55,7 +55,7 @@ _STANDARD_PROMOTION |= {'train_test', 'parallel_test'}
 
 # These and those of `ops` are about numbers, to their last bit.
 _OPTIMIZED = {'export_test', 'harden_test', 'integer_test'}
-_OPTIMIZED |= {'reproducible_test', 'train_depthwise_test'}
+_OPTIMIZED |= {'reproducible_test', 'train_convolutions_test'}
 
 
 @pytest.fixture(autouse=True, scope='module')

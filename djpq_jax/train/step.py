@@ -16,7 +16,7 @@ from djpq_jax import budget as budget_lib
 from djpq_jax import compress
 from djpq_jax import losses
 from djpq_jax import optim
-from djpq_jax.train import depthwise
+from djpq_jax.train import convolutions
 from djpq_jax.train import state as state_lib
 
 
@@ -158,7 +158,7 @@ def total_loss(
   """All that a step minimizes: (loss, (rest, controller, metrics))."""
   program, objective = state.program, state.program.objective
   model = optim.merge(program.train_graph, params, state.rest)
-  depthwise.speed_up(model)
+  convolutions.speed_up(model)
   noise = {'gate_key': key} if objective.noisy and program.compressed else {}
   images = program.model_input(batch['image'])
   logits = model(images, **noise)
@@ -168,7 +168,7 @@ def total_loss(
   if objective.distill:
     assert program.teacher_graph is not None, 'distillation needs a teacher'
     teacher = nnx.merge(program.teacher_graph, state.teacher)
-    depthwise.speed_up(teacher)
+    convolutions.speed_up(teacher)
     with jax.named_scope('teacher'):
       taught = losses.distillation(
         logits, teacher(images), temperature=objective.temperature
@@ -253,7 +253,7 @@ def eval_step(state: state_lib.TrainState, batch: state_lib.Batch):
     float32 scalars: (images that it gets right, images).
   """
   model = optim.merge(state.program.eval_graph, state.params, state.rest)
-  depthwise.speed_up(model)
+  convolutions.speed_up(model)
   images = state.program.model_input(batch['image'])
   right = jnp.argmax(model(images), axis=-1) == batch['label']
   return jnp.sum(right * batch['mask']), jnp.sum(batch['mask'])

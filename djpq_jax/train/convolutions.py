@@ -1,8 +1,11 @@
-"""Depthwise convolutions for training on a CPU, where XLA's are slow.
+"""Convolutions for training on a CPU, where some of XLA's are slow.
 
 A depthwise convolution does little arithmetic; on a CPU, XLA's own spends its
 time elsewhere.  Written as a sum of products, one for each place in the
 kernel's window, it is fused into one pass over the images.
+
+The slope of a kernel sums over all images at once, as XLA has it: a product
+of two matrices that no cache holds.  Here a few images at a time are summed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,9 +19,11 @@ import numpy as np
 
 Sizes = tuple[int, ...]  # one for each spatial axis
 
+SUMMED = 1024  # pixels that a kernel's slope sums at once, or of two images
+
 
 def speed_up(model) -> None:
-  """Lets the depthwise layers of a model be summed, if that is faster here.
+  """Gives the layers of a model the convolutions that are faster here.
 
   Args:
     model: what a step has merged for itself; its `nnx.Conv`s are changed.
@@ -29,7 +34,6 @@ def speed_up(model) -> None:
   for _, module in nnx.iter_modules(model):
     if (
       isinstance(module, nnx.Conv)
-      and module.feature_group_count > 1
       and module.conv_general_dilated is jax.lax.conv_general_dilated
     ):
       module.conv_general_dilated = convolve
@@ -50,8 +54,8 @@ def convolve(
 
   Args:
     inputs: [B, *spatial, C].
-    kernel: [*window, C / groups, outputs]; any but a depthwise kernel with
-      one output per channel is left to XLA.
+    kernel: [*window, C / groups, outputs]; what is neither dense nor depthwise
+      with one output per channel is left to XLA.
     strides: of the window, one per spatial axis.
     padding: low and high of each spatial axis, or 'SAME' or 'VALID'.
     lhs_dilation: of the inputs.
@@ -63,12 +67,8 @@ def convolve(
   Returns:
     [B, *spatial, outputs].
   """
-  asks = (others.get(k) for k in ('preferred_element_type', 'out_sharding'))
-  if (
-    kernel.shape[-2:] != (1, feature_group_count)
-    or any(x is not None for x in asks)
-    or (isinstance(padding, str) and max(lhs_dilation) > 1)
-  ):
+
+  def as_xla(inputs, kernel):
     return jax.lax.conv_general_dilated(
       inputs,
       kernel,
@@ -79,6 +79,15 @@ def convolve(
       feature_group_count=feature_group_count,
       **others,
     )
+
+  asks = (others.get(k) for k in ('preferred_element_type', 'out_sharding'))
+  depthwise = kernel.shape[-2:] == (1, feature_group_count)
+  if (
+    not (depthwise or feature_group_count == 1)
+    or any(x is not None for x in asks)
+    or (isinstance(padding, str) and max(lhs_dilation) > 1)
+  ):
+    return as_xla(inputs, kernel)
   if isinstance(padding, str):
     padding = jax.lax.padtype_to_pads(
       inputs.shape[1:-1],
@@ -89,8 +98,60 @@ def convolve(
   edges = [(0, 0, 0)]
   edges += [(*p, d - 1) for p, d in zip(padding, lhs_dilation)]
   edges += [(0, 0, 0)]
-  padded = jax.lax.pad(inputs, jnp.zeros((), inputs.dtype), edges)
-  return _sum(padded, kernel, tuple(strides), tuple(rhs_dilation))
+
+  def pad(x):
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), edges)
+
+  places = tuple(strides), tuple(rhs_dilation)
+  if depthwise:
+    return _sum(pad(inputs), kernel, *places)
+  return _dense(as_xla, pad, *places)(inputs, kernel)
+
+
+def _dense(convolve, pad, strides: Sizes, dilation: Sizes):
+  """A convolution by XLA, but for the slope of its kernel."""
+
+  def forward(inputs, kernel):
+    return convolve(inputs, kernel), (inputs, kernel)
+
+  def backward(residuals, g):
+    inputs, kernel = residuals
+    (of_inputs,) = jax.vjp(lambda x: convolve(x, kernel), inputs)[1](g)
+    window, how = kernel.shape[:-2], (strides, dilation)
+    of_kernel = _shared(_dense_slope, pad(inputs), g, window, *how).sum(0)
+    return of_inputs, of_kernel.reshape(kernel.shape).astype(kernel.dtype)
+
+  dense = jax.custom_vjp(convolve)
+  dense.defvjp(forward, backward)
+  return dense
+
+
+def _dense_slope(padded, g, window: Sizes, strides: Sizes, dilation: Sizes):
+  """The slope of a dense kernel, [places * C, outputs]."""
+  axes = tuple(range(g.ndim - 1))
+  most = max(2, SUMMED // math.prod(g.shape[1:-1]))
+  few = max(n for n in range(1, most + 1) if len(g) % n == 0)
+
+  def add(total, examples):
+    some, slope = map(_wide, examples)
+    places = _windows(some, window, strides, dilation)
+    seen = jnp.concatenate([x for _, x in places], -1)
+    return total + jnp.tensordot(seen, slope, (axes, axes)), None
+
+  size = math.prod(window) * padded.shape[-1], g.shape[-1]
+  parts = [x.reshape(-1, few, *x.shape[1:]) for x in (padded, g)]
+  return jax.lax.scan(add, jnp.zeros(size, _wide(g).dtype), parts)[0]
+
+
+def _shared(slope, padded, g, *how):
+  """A slope of each device's share of the batch, one below the other.
+
+  Were the whole batch gone through at once, all of them would go through all
+  of it.
+  """
+  shares = math.gcd(len(g), jax.device_count())
+  spread = [x.reshape(shares, -1, *x.shape[1:]) for x in (padded, g)]
+  return jax.vmap(lambda padded, g: slope(padded, g, *how))(*spread)
 
 
 def _windows(
@@ -138,6 +199,14 @@ def _backward(strides: Sizes, dilation: Sizes, residuals, g):
   def of_inputs(padded):
     return _products(padded, kernel, strides, dilation)
 
+  of_kernel = _shared(_depthwise_slope, padded, g, window, strides, dilation)
+  (of_padded,) = jax.vjp(of_inputs, padded)[1](g)
+  return of_padded, of_kernel.sum(0).reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _depthwise_slope(padded, g, window: Sizes, strides: Sizes, dilation: Sizes):
+  """The slope of a depthwise kernel, [places, C]."""
+
   # XLA's sums over batch and space down to a vector of channels are slow; so
   # examples are added up one by one, all places of the window in one pass.
   def add(sums, example):
@@ -145,20 +214,10 @@ def _backward(strides: Sizes, dilation: Sizes, residuals, g):
     seen = _windows(one[None], window, strides, dilation)
     return [s + x[0] * slope for s, (_, x) in zip(sums, seen)], None
 
-  def sums(padded, g):
-    zeros = jnp.zeros(g.shape[1:], _wide(g).dtype)
-    places = [zeros] * math.prod(window)
-    return jax.lax.scan(add, places, (padded, g))[0]
-
-  # Each device goes through its own share of the batch: were the whole batch
-  # gone through at once, all of them would go through all of it.
-  shares = math.gcd(len(g), jax.device_count())
-  spread = (x.reshape(shares, -1, *x.shape[1:]) for x in (padded, g))
-  found = jax.vmap(sums)(*spread)  # places of [shares, *spatial, C]
-  rest = tuple(range(g.ndim - 1))
-  of_kernel = jnp.stack([s.sum(rest) for s in found]).reshape(kernel.shape)
-  (of_padded,) = jax.vjp(of_inputs, padded)[1](g)
-  return of_padded, of_kernel.astype(kernel.dtype)
+  zeros = jnp.zeros(g.shape[1:], _wide(g).dtype)
+  places = [zeros] * math.prod(window)
+  found = jax.lax.scan(add, places, (padded, g))[0]
+  return jnp.stack([x.sum(range(x.ndim - 1)) for x in found])
 
 
 _sum.defvjp(_forward, _backward)

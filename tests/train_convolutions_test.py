@@ -1,5 +1,6 @@
-"""Depthwise convolutions as sums: the values and slopes of XLA's own."""
+"""Convolutions of training on a CPU: the values and slopes of XLA's own."""
 
+import functools
 from unittest import mock
 
 import chex
@@ -13,7 +14,7 @@ import tiny
 from djpq_jax import optim
 from djpq_jax import parallel
 from djpq_jax import train
-from djpq_jax.train import depthwise
+from djpq_jax.train import convolutions
 
 LAYERS = {
   'padded': dict(kernel_size=(3, 3), padding=1),
@@ -26,6 +27,12 @@ LAYERS = {
   'three axes': dict(kernel_size=(2, 1, 3), padding='SAME'),
   'two outputs each': dict(kernel_size=(3, 3), out_features=12),
   'two inputs each': dict(kernel_size=(3, 3), feature_group_count=3),
+}
+DENSE = {
+  **{name: LAYERS[name] for name in LAYERS if name != 'two inputs each'},
+  'one place': dict(kernel_size=(1, 1)),
+  'one place of four': dict(kernel_size=(1, 1), strides=2),
+  'exact products': dict(kernel_size=(3, 3), precision='highest'),
 }
 
 
@@ -46,36 +53,56 @@ def _value_and_slopes(layer, x):
   return jax.tree.leaves(grads)
 
 
-@pytest.mark.parametrize('name', LAYERS)
-def test_values_and_slopes_are_those_of_a_convolution(name):
-  kwargs = {'in_features': 6, 'out_features': 6, 'feature_group_count': 6}
-  layer = nnx.Conv(**(kwargs | LAYERS[name]), rngs=nnx.Rngs(0))
-  shape = (3, 9, 8, 7)[: len(layer.kernel_size) + 1]
+@pytest.mark.parametrize(
+  ('groups', 'batch', 'name'),
+  [(6, 3, name) for name in LAYERS]
+  + [(1, 4, name) for name in DENSE]
+  + [(1, 5, 'padded')],
+)
+def test_values_and_slopes_are_those_of_a_convolution(groups, batch, name):
+  kwargs = {'in_features': 6, 'out_features': 6, 'feature_group_count': groups}
+  how = (LAYERS if groups > 1 else DENSE)[name]
+  layer = nnx.Conv(**(kwargs | how), rngs=nnx.Rngs(0))
+  shape = (batch, 7, 6, 5)[: len(layer.kernel_size) + 1]
   x = jnp.asarray(np.random.default_rng(0).normal(size=(*shape, 6)), 'float32')
-  expected = _value_and_slopes(layer, x)
+  expected = jax.jit(functools.partial(_value_and_slopes, layer))(x)
   view = nnx.view(layer)
-  depthwise.speed_up(view)
-  assert view.conv_general_dilated is depthwise.convolve
-  chex.assert_trees_all_close(
-    _value_and_slopes(view, x), expected, rtol=1e-5, atol=1e-5
-  )
+  convolutions.speed_up(view)
+  assert view.conv_general_dilated is convolutions.convolve
+  found = jax.jit(functools.partial(_value_and_slopes, view))(x)
+  chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_depthwise_layer_is_no_convolution_any_more():
   layer = nnx.Conv(4, 4, (3, 3), feature_group_count=4, rngs=nnx.Rngs(0))
   view = nnx.view(layer)
-  depthwise.speed_up(view)
+  convolutions.speed_up(view)
   x = jnp.zeros((2, 5, 5, 4))
   assert 'conv_general_dilated' in str(jax.make_jaxpr(layer)(x))
   assert 'conv_general_dilated' not in str(jax.make_jaxpr(view)(x))
 
 
-def test_bfloat16_is_summed_in_float32():
+def test_a_dense_kernels_slope_is_summed_a_few_images_at_a_time():
+  """A slope of all images at once is what XLA is slow with."""
+  layer = nnx.Conv(4, 5, (3, 3), use_bias=False, rngs=nnx.Rngs(0))
+  convolutions.speed_up(layer)
+  x = jnp.zeros((4 * jax.device_count(), 32, 32, 4))
+
+  def loss(kernel):
+    return jnp.sum(_with_kernel(layer, kernel)(x))
+
+  found = str(jax.make_jaxpr(jax.grad(loss))(layer.kernel[...]))
+  assert '2,32,32,36]' in found
+  assert '4,32,32,36]' not in found
+
+
+@pytest.mark.parametrize('groups', [1, 4])
+def test_bfloat16_is_summed_in_float32(groups):
   """Values and slopes lie within the last of bfloat16's bits."""
-  kwargs = dict(feature_group_count=4, use_bias=False, rngs=nnx.Rngs(0))
+  kwargs = dict(feature_group_count=groups, use_bias=False, rngs=nnx.Rngs(0))
   layer = nnx.Conv(4, 4, (5, 5), dtype=jnp.bfloat16, **kwargs)
   layer.kernel[...] = layer.kernel[...].astype(jnp.bfloat16).astype('float32')
-  depthwise.speed_up(layer)
+  convolutions.speed_up(layer)
   x = np.random.default_rng(0).normal(1, 1, (64, 9, 9, 4))
   x = jnp.asarray(x, jnp.bfloat16)
   found = _value_and_slopes(layer, x)
@@ -118,29 +145,36 @@ def test_what_is_asked_for_besides_is_left_to_xla(asks):
   if asks == 'preferred_element_type':
     x, kernel = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
     kwargs |= {asks: jnp.float32}
-    assert depthwise.convolve(x, kernel, **kwargs).dtype == jnp.float32
+    assert convolutions.convolve(x, kernel, **kwargs).dtype == jnp.float32
   else:
     kwargs |= {'lhs_dilation': (2, 2)}
     with pytest.raises(ValueError, match='padding'):
-      depthwise.convolve(x, kernel, **kwargs)
+      convolutions.convolve(x, kernel, **kwargs)
 
 
-def _summed(model) -> int:
-  """How many of its layers are sums now."""
+def _changed(model) -> int:
+  """How many of its layers are other than XLA's now."""
   return sum(
-    module.conv_general_dilated is depthwise.convolve
+    module.conv_general_dilated is convolutions.convolve
     for _, module in nnx.iter_modules(model)
     if isinstance(module, nnx.Conv)
   )
 
 
-def test_only_a_cpu_sums_them():
+def _grouped(step, *args) -> int:
+  """How many depthwise convolutions of XLA a step has."""
+  # A function of its own, as a trace is kept for each.
+  found = str(jax.make_jaxpr(lambda *args: step(*args))(*args))
+  return found.count('_group_count=8')
+
+
+def test_only_on_a_cpu():
   model = tiny.make(tiny.Depthwise)
   with mock.patch.object(jax, 'default_backend', return_value='gpu'):
-    depthwise.speed_up(model)
-  assert not _summed(model)
-  depthwise.speed_up(model)
-  assert _summed(model) == 1
+    convolutions.speed_up(model)
+  assert not _changed(model)
+  convolutions.speed_up(model)
+  assert _changed(model) == 3
 
 
 @pytest.mark.standard_promotion  # optax
@@ -150,18 +184,12 @@ def test_a_step_sums_them_and_its_model_has_convolutions():
   state = train.init(model, train.Objective(), optimizer)
   batch = tiny.batch()
 
-  def convolutions():
-    # A function of its own, as a trace is kept for each.
-    step = jax.make_jaxpr(lambda *args: train.train_step(*args))
-    return str(step(state, batch)).count(' conv_general_dilated[')
-
-  summed = convolutions()
+  assert _grouped(train.train_step, state, batch) == 0
   with mock.patch.object(jax, 'default_backend', return_value='gpu'):
-    plain = convolutions()
-  # The layer itself, its slope by inputs and by kernel.
-  assert plain == summed + 3
-  assert not _summed(model)
-  assert not _summed(train.model_of(state))
+    # The layer itself, its slope by inputs and by kernel.
+    assert _grouped(train.train_step, state, batch) == 3
+  assert not _changed(model)
+  assert not _changed(train.model_of(state))
 
 
 @pytest.mark.standard_promotion
@@ -197,21 +225,17 @@ def test_steps_sum_with_a_teacher_and_where_they_keep_less():
   teacher = tiny.make(tiny.Depthwise, seed=1)
   state = train.init(model, objective, optimizer, teacher=teacher)
 
-  def convolutions(step, *args):
-    found = str(jax.make_jaxpr(lambda *args: step(*args))(*args))
-    return found.count(' conv_general_dilated[')
-
   def plain(step, *args):
     with mock.patch.object(jax, 'default_backend', return_value='gpu'):
-      return convolutions(step, *args)
+      return _grouped(step, *args)
 
   # The layer and its two slopes, and the teacher's.
-  assert plain(train.train_step, state, batch) == 4 + convolutions(
-    train.train_step, state, batch
-  )
+  assert plain(train.train_step, state, batch) == 4
+  assert _grouped(train.train_step, state, batch) == 0
   batch |= {'mask': np.ones(32, np.float32)}
   step = train.eval_step.__wrapped__
-  assert plain(step, state, batch) == 1 + convolutions(step, state, batch)
+  assert plain(step, state, batch) == 1
+  assert _grouped(step, state, batch) == 0
   how = {'teacher': teacher, 'remat': True}
   kept = train.init(model, objective, optimizer, **how)
   batch.pop('mask')
@@ -232,5 +256,5 @@ def test_a_convolution_of_the_users_own_is_left():
     conv_general_dilated=own,
     rngs=nnx.Rngs(0),
   )
-  depthwise.speed_up(layer)
+  convolutions.speed_up(layer)
   assert layer.conv_general_dilated is own
