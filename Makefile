@@ -12,8 +12,21 @@ JAX_PLATFORMS ?= cpu
 export JAX_PLATFORMS
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# Tests about what programs compute, to its last bit: they run as users do.
+NUMBERS := ops export_test.py harden_test.py integer_test.py
+NUMBERS += reproducible_test.py train_convolutions_test.py
+NUMBERS := $(addprefix tests/,$(NUMBERS))
+# The others' time is mostly spent on compiling; it is halved where XLA and LLVM
+# do not optimize.  A flag that XLA does not know ends the process.
+QUICKLY = export JAX_DISABLE_MOST_OPTIMIZATIONS=true; \
+  export XLA_FLAGS='--xla_cpu_use_fusion_emitters=false \
+    --xla_cpu_parallel_codegen_split_count=1'; \
+  $(BIN)/python -c 'import jax; jax.devices()' 2> /dev/null || unset XLA_FLAGS
+
 # What also has to pass in the other mode of flax.nnx.
 TREE_MODE_TESTS = $(wildcard tests/graph* tests/layers* tests/train_test.py)
+
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test docs browser lint format wheel clean
@@ -33,11 +46,12 @@ demo: .venv/.demo-installed
 	  --overwrite
 
 test: lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=12
+	$(PYTEST) --durations=4 $(NUMBERS)
+	$(QUICKLY); $(PYTEST) --durations=12 $(addprefix --ignore=,$(NUMBERS))
 	@if [ -n '$(TREE_MODE_TESTS)' ]; then \
 	  echo 'Again, with the trees of flax.nnx instead of its graphs:'; \
-	  NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false \
-	  $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" $(TREE_MODE_TESTS); fi
+	  export NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false; \
+	  $(QUICKLY); $(PYTEST) -m "not slow" $(TREE_MODE_TESTS); fi
 
 # Every warning is an error, a name without a page among them; -E, as what has
 # been read once would warn no more.

@@ -30,11 +30,6 @@ os.environ['JAX_COMPILATION_CACHE_DIR'] = os.path.join(
 )
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.05')
 
-# Much of the tests' time is spent on compiling small programs, and takes less
-# where LLVM does not optimize them.  The files named below are about what they
-# compute, and have programs as users have them.
-os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', 'true')
-
 # These tests are for a CPU; JAX_PLATFORMS=cuda overrides.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
@@ -52,25 +47,6 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 # They run whole training loops, schedules and norms included.
 _STANDARD_PROMOTION = {'cli_test', 'end_to_end_test', 'optim_test'}
 _STANDARD_PROMOTION |= {'train_test', 'parallel_test'}
-
-# These and those of `ops` are about numbers, to their last bit.
-_OPTIMIZED = {'export_test', 'harden_test', 'integer_test'}
-_OPTIMIZED |= {'reproducible_test', 'train_convolutions_test'}
-
-
-@pytest.fixture(autouse=True, scope='module')
-def optimized(request):
-  """Lets LLVM optimize the programs of some files, those of processes too."""
-  if request.path.stem not in _OPTIMIZED and request.path.parent.name != 'ops':
-    yield
-    return
-  name = 'jax_disable_most_optimizations'
-  before = jax.config.values[name]
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv(name.upper(), 'false')
-    jax.config.update(name, False)
-    yield
-  jax.config.update(name, before)
 
 
 @pytest.fixture(scope='module')
