@@ -208,6 +208,7 @@ def text(name: str) -> str:
     'step_cost': tables_speed.step_cost,
     'step_memory': tables_speed.step_memory,
     'step_profile': tables_speed.step_profile,
+    'step_slopes': tables_speed.step_slopes,
     'vectorised_search': tables_speed.vectorised_search,
     'devices': tables_speed.devices,
     'peers_digits': peers_digits,

@@ -80,6 +80,8 @@ def step_cost() -> str:
   return compare.markdown(head, rows) + result_files.made(found)
 
 
+# The last commit whose kernels' slopes are XLA's own.
+BEFORE_SLOPES = '537cfa7'
 # What tells glibc so, in a command.
 TUNABLES = {'huge pages': 'hugetlb=1', 'kept': 'arena_max=1'}
 
@@ -100,6 +102,24 @@ def step_memory() -> str:
     row += [f'{np.mean(times[*setting, phase]):.0f} ms' for phase in phases]
     rows.append(row)
   head = ' | '.join(['model | batch | memory', *phases])
+  return compare.markdown(head, rows) + result_files.made(found)
+
+
+def step_slopes() -> str:
+  """Milliseconds of steps with kernels' slopes by XLA, and as they are now."""
+  found = result_files.read('step_slopes')
+  phases = ('float', 'search', 'finetune')
+  times: dict[tuple[str, ...], dict[str, float]] = {}
+  for run in found['runs']:
+    cores = '1' if 'taskset' in run['environment']['command'] else '2'
+    how = 'all at once' if run['commit'] == BEFORE_SLOPES else 'a few'
+    setting = run['model'], str(run['batch']), cores, how
+    times.setdefault(setting, {})[run['phase']] = 1e3 * run['step_seconds']
+  rows = [
+    [*setting, *(f'{found[phase]:.0f} ms' for phase in phases)]
+    for setting, found in times.items()
+  ]
+  head = ' | '.join(['model | batch | cores | images', *phases])
   return compare.markdown(head, rows) + result_files.made(found)
 
 

@@ -1,8 +1,10 @@
 """Clips: the largest magnitudes that grids keep."""
 
 from collections.abc import Sequence
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,6 +14,7 @@ SAMPLES = 100_000  # values of a tensor that a clip is fitted to
 SCALES = 0.2 * 7.5 ** (np.arange(-21, 32) / 31)
 
 
+@functools.partial(jax.jit, static_argnames='out_axes')
 def of_kernel(kernel, out_axes: tuple[int, ...] = ()):
   """The largest magnitude of a kernel, or of each of its output channels."""
   axes = tuple(a for a in range(kernel.ndim) if a not in out_axes)
