@@ -18,10 +18,10 @@ NUMBERS += reproducible_test.py train_convolutions_test.py
 NUMBERS := $(addprefix tests/,$(NUMBERS))
 # The others' time is mostly spent on compiling; it is halved where XLA and LLVM
 # do not optimize.  A flag that XLA does not know ends the process.
-QUICKLY = export JAX_DISABLE_MOST_OPTIMIZATIONS=true; \
-  export XLA_FLAGS='--xla_cpu_use_fusion_emitters=false \
-    --xla_cpu_parallel_codegen_split_count=1'; \
-  $(BIN)/python -c 'import jax; jax.devices()' 2> /dev/null || unset XLA_FLAGS
+QUICKLY = export JAX_DISABLE_MOST_OPTIMIZATIONS=true; given=$$XLA_FLAGS; \
+  export XLA_FLAGS="$$given --xla_cpu_use_fusion_emitters=false \
+    --xla_cpu_parallel_codegen_split_count=1"; \
+  $(BIN)/python -c 'import jax; jax.devices()' 2> /dev/null || XLA_FLAGS=$$given
 
 # What also has to pass in the other mode of flax.nnx.
 TREE_MODE_TESTS = $(wildcard tests/graph* tests/layers* tests/train_test.py)

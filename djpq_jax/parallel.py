@@ -11,6 +11,7 @@ give a pure step to all of them:
 """
 
 from collections.abc import Callable
+import contextvars
 import functools
 from typing import Any, TypeVar
 import zlib
@@ -22,6 +23,8 @@ import numpy as np
 AXIS = 'data'
 # On CPUs: fifty steps at once were seen to wait for each other without end.
 MOST_IN_FLIGHT = 20
+
+_SHARES = contextvars.ContextVar('shares', default=1)
 
 T = TypeVar('T')
 Step = Callable[..., tuple[Any, Any]]
@@ -233,10 +236,36 @@ def jit_whole(
 
 def _jit(function, mesh: jax.sharding.Mesh, **options):
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  shares = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
+  spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
   return jax.jit(
-    function, in_shardings=(whole, shares), out_shardings=whole, **options
+    _telling_shares(function, mesh.shape[AXIS]),
+    in_shardings=(whole, spread),
+    out_shardings=whole,
+    **options,
   )
+
+
+@functools.cache  # JAX keeps programs by function
+def _telling_shares(function, count: int):
+  """The function, in which `shares` is a count."""
+
+  @functools.wraps(function)
+  def told(*args):
+    before = _SHARES.set(count)
+    try:
+      return function(*args)
+    finally:
+      _SHARES.reset(before)
+
+  return told
+
+
+def shares() -> int:
+  """In how many shares devices hold the batch of what is being traced.
+
+  One where a program sees one share only, as in `pmap_step`.
+  """
+  return _SHARES.get()
 
 
 def pmap_step(step: Step, mesh: jax.sharding.Mesh) -> Step:

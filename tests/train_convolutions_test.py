@@ -37,9 +37,9 @@ DENSE = {
 
 
 @pytest.fixture(autouse=True)
-def on_a_cpu():
-  with mock.patch.object(jax, 'default_backend', return_value='cpu'):
-    yield
+def on_a_cpu(monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'cpu')
+  monkeypatch.setattr(convolutions, 'FEWEST_PIXELS', 0)
 
 
 def _value_and_slopes(layer, x):
@@ -92,8 +92,70 @@ def test_a_dense_kernels_slope_is_summed_a_few_images_at_a_time():
     return jnp.sum(_with_kernel(layer, kernel)(x))
 
   found = str(jax.make_jaxpr(jax.grad(loss))(layer.kernel[...]))
-  assert '2,32,32,36]' in found
-  assert '4,32,32,36]' not in found
+  assert 'f32[2,32,32,36]' in found
+  assert 'f32[4,32,32,36]' not in found
+
+
+def _is_summed(layer, x) -> bool:
+  convolutions.speed_up(layer)
+
+  def loss(kernel):
+    return jnp.sum(_with_kernel(layer, kernel)(x))
+
+  return ' scan[' in str(jax.make_jaxpr(jax.grad(loss))(layer.kernel[...]))
+
+
+class OtherLayout(nnx.Conv):
+  """Channels first, as `nnx.Conv` has not."""
+
+  def __call__(self, x):
+    layout = ('NCHW', 'HWIO', 'NCHW')
+    return self.conv_general_dilated(
+      x, self.kernel[...], (1, 1), 'SAME', dimension_numbers=layout
+    )
+
+
+def test_slopes_that_would_take_longer_are_left_to_xla(monkeypatch):
+  """And those that would take much memory or compile for long."""
+  rngs, x = nnx.Rngs(0), jnp.zeros((4, 8, 8, 3))
+  assert _is_summed(nnx.Conv(3, 4, (3, 3), rngs=rngs), x)
+  assert not _is_summed(nnx.Conv(3, 4, (7, 7), rngs=rngs), x)
+  assert not _is_summed(nnx.Conv(8, 4, (3,), rngs=rngs), jnp.zeros((4, 8, 8)))
+  assert not _is_summed(OtherLayout(8, 4, (3, 3), rngs=rngs), x)
+  nothing = jnp.zeros((4, 2, 2, 3))
+  layer = nnx.Conv(3, 4, (3, 3), padding='VALID', rngs=rngs)
+  monkeypatch.undo()
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'cpu')
+  assert not _is_summed(layer, nothing)
+  assert not _is_summed(nnx.Conv(3, 4, (3, 3), rngs=rngs), x)
+  many = jnp.zeros((128, 8, 8, 3))
+  assert _is_summed(nnx.Conv(3, 4, (3, 3), rngs=rngs), many)
+  assert _is_summed(nnx.Conv(3, 4, (1, 1), rngs=rngs), x)
+  large = jnp.zeros((1, 1024, 1024, 3))
+  assert not _is_summed(nnx.Conv(3, 4, (3, 3), rngs=rngs), large)
+
+
+def test_devices_sum_their_shares_where_each_is_mapped():
+  if jax.device_count() < 4:
+    pytest.skip('needs four devices')
+  mesh = parallel.mesh(jax.devices()[:4])
+  spec = jax.sharding.PartitionSpec
+  layer = nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0))
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6, 6, 3)), 'float32')
+
+  def slope(kernel, x):
+    def loss(kernel):
+      return jnp.sum(jnp.sin(_with_kernel(layer, kernel)(x)))
+
+    return jax.grad(loss)(kernel)
+
+  expected = jax.jit(slope)(layer.kernel[...], x)
+  convolutions.speed_up(layer)
+  mapped = jax.shard_map(
+    slope, mesh=mesh, in_specs=(spec(), spec('data')), out_specs=spec()
+  )
+  found = jax.jit(mapped)(layer.kernel[...], x)
+  chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('groups', [1, 4])

@@ -4,8 +4,10 @@ A depthwise convolution does little arithmetic; on a CPU, XLA's own spends its
 time elsewhere.  Written as a sum of products, one for each place in the
 kernel's window, it is fused into one pass over the images.
 
-The slope of a kernel sums over all images at once, as XLA has it: a product
-of two matrices that no cache holds.  Here a few images at a time are summed.
+XLA has the slope of a kernel as one convolution over all images.  Here it is
+a sum of products of matrices, each of what a few images bring, which takes a
+fraction of the time where there are many pixels (the table in
+docs/training.md).
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,9 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from djpq_jax import parallel
+
 Sizes = tuple[int, ...]  # one for each spatial axis
 
 SUMMED = 1024  # pixels that a kernel's slope sums at once, or of two images
+# Where XLA's own slopes stay.  Each place of a window is compiled, and what all
+# places see is a copy.
+MOST_PLACES = 25  # of a window
+FEWEST_PIXELS = 8192  # of all images, where a window has several places
+MOST_BYTES = 2**26  # of what all places see of an image
 
 
 def speed_up(model) -> None:
@@ -34,6 +43,8 @@ def speed_up(model) -> None:
   for _, module in nnx.iter_modules(model):
     if (
       isinstance(module, nnx.Conv)
+      # Others may call it in their own way.
+      and type(module).__call__ is nnx.Conv.__call__
       and module.conv_general_dilated is jax.lax.conv_general_dilated
     ):
       module.conv_general_dilated = convolve
@@ -81,11 +92,13 @@ def convolve(
     )
 
   asks = (others.get(k) for k in ('preferred_element_type', 'out_sharding'))
-  depthwise = kernel.shape[-2:] == (1, feature_group_count)
+  dense = feature_group_count == 1
+  depthwise = not dense and kernel.shape[-2:] == (1, feature_group_count)
   if (
-    not (depthwise or feature_group_count == 1)
+    not (depthwise or dense)
     or any(x is not None for x in asks)
     or (isinstance(padding, str) and max(lhs_dilation) > 1)
+    or (dense and not _pays(as_xla, inputs, kernel))
   ):
     return as_xla(inputs, kernel)
   if isinstance(padding, str):
@@ -105,7 +118,30 @@ def convolve(
   places = tuple(strides), tuple(rhs_dilation)
   if depthwise:
     return _sum(pad(inputs), kernel, *places)
+  # Where inputs vary over a manual mesh axis and the kernel does not, its slope
+  # is summed over it: zeros bring that about.
+  kernel += jnp.zeros_like(inputs, kernel.dtype, ())
   return _dense(as_xla, pad, *places)(inputs, kernel)
+
+
+def _pays(convolve, inputs, kernel) -> bool:
+  """Whether the slope of a dense kernel is summed faster a few at a time."""
+  count, *spatial, _ = jax.eval_shape(convolve, inputs, kernel).shape
+  pixels = count * math.prod(spatial) // parallel.shares()
+  window = kernel.shape[:-2]
+  if math.prod(window) == 1:
+    return pixels > 0
+  return (
+    len(window) == 2
+    and math.prod(window) <= MOST_PLACES
+    and pixels >= FEWEST_PIXELS
+    and _bytes_seen(spatial, kernel) <= MOST_BYTES
+  )
+
+
+def _bytes_seen(spatial: Sequence[int], kernel) -> int:
+  """Bytes of what all places of a window see of one image, in float32."""
+  return 4 * math.prod(spatial) * math.prod(kernel.shape[:-1])
 
 
 def _dense(convolve, pad, strides: Sizes, dilation: Sizes):
@@ -116,9 +152,10 @@ def _dense(convolve, pad, strides: Sizes, dilation: Sizes):
 
   def backward(residuals, g):
     inputs, kernel = residuals
-    (of_inputs,) = jax.vjp(lambda x: convolve(x, kernel), inputs)[1](g)
-    window, how = kernel.shape[:-2], (strides, dilation)
-    of_kernel = _shared(_dense_slope, pad(inputs), g, window, *how).sum(0)
+    transposed = jax.linear_transpose(lambda x: convolve(x, kernel), inputs)
+    (of_inputs,) = transposed(g)
+    how = kernel, strides, dilation
+    of_kernel = _of_shares(_dense_slope, pad(inputs), g, *how).sum(0)
     return of_inputs, of_kernel.reshape(kernel.shape).astype(kernel.dtype)
 
   dense = jax.custom_vjp(convolve)
@@ -126,10 +163,12 @@ def _dense(convolve, pad, strides: Sizes, dilation: Sizes):
   return dense
 
 
-def _dense_slope(padded, g, window: Sizes, strides: Sizes, dilation: Sizes):
+def _dense_slope(padded, g, kernel, strides: Sizes, dilation: Sizes):
   """The slope of a dense kernel, [places * C, outputs]."""
+  window, spatial = kernel.shape[:-2], g.shape[1:-1]
   axes = tuple(range(g.ndim - 1))
-  most = max(2, SUMMED // math.prod(g.shape[1:-1]))
+  most = max(2, SUMMED // math.prod(spatial))
+  most = max(1, min(most, MOST_BYTES // _bytes_seen(spatial, kernel)))
   few = max(n for n in range(1, most + 1) if len(g) % n == 0)
 
   def add(total, examples):
@@ -138,18 +177,23 @@ def _dense_slope(padded, g, window: Sizes, strides: Sizes, dilation: Sizes):
     seen = jnp.concatenate([x for _, x in places], -1)
     return total + jnp.tensordot(seen, slope, (axes, axes)), None
 
-  size = math.prod(window) * padded.shape[-1], g.shape[-1]
+  dtype = _wide(g).dtype
+  zeros = jnp.zeros((math.prod(kernel.shape[:-1]), g.shape[-1]), dtype)
+  for x in padded, g:  # varying over manual mesh axes as the sum does
+    zeros += jnp.zeros_like(x, dtype, ())
   parts = [x.reshape(-1, few, *x.shape[1:]) for x in (padded, g)]
-  return jax.lax.scan(add, jnp.zeros(size, _wide(g).dtype), parts)[0]
+  return jax.lax.scan(add, zeros, parts)[0]
 
 
-def _shared(slope, padded, g, *how):
+def _of_shares(slope, padded, g, *how):
   """A slope of each device's share of the batch, one below the other.
 
   Were the whole batch gone through at once, all of them would go through all
   of it.
   """
-  shares = math.gcd(len(g), jax.device_count())
+  shares = math.gcd(len(g), parallel.shares())
+  if shares == 1:
+    return slope(padded, g, *how)[None]
   spread = [x.reshape(shares, -1, *x.shape[1:]) for x in (padded, g)]
   return jax.vmap(lambda padded, g: slope(padded, g, *how))(*spread)
 
@@ -194,18 +238,19 @@ def _forward(padded, kernel, strides: Sizes, dilation: Sizes):
 
 def _backward(strides: Sizes, dilation: Sizes, residuals, g):
   padded, kernel = residuals
-  window = kernel.shape[:-2]
 
   def of_inputs(padded):
     return _products(padded, kernel, strides, dilation)
 
-  of_kernel = _shared(_depthwise_slope, padded, g, window, strides, dilation)
+  how = kernel, strides, dilation
+  of_kernel = _of_shares(_depthwise_slope, padded, g, *how)
   (of_padded,) = jax.vjp(of_inputs, padded)[1](g)
   return of_padded, of_kernel.sum(0).reshape(kernel.shape).astype(kernel.dtype)
 
 
-def _depthwise_slope(padded, g, window: Sizes, strides: Sizes, dilation: Sizes):
+def _depthwise_slope(padded, g, kernel, strides: Sizes, dilation: Sizes):
   """The slope of a depthwise kernel, [places, C]."""
+  window = kernel.shape[:-2]
 
   # XLA's sums over batch and space down to a vector of channels are slow; so
   # examples are added up one by one, all places of the window in one pass.
