@@ -111,15 +111,14 @@ def step_slopes() -> str:
   phases = ('float', 'search', 'finetune')
   times: dict[tuple[str, ...], dict[str, float]] = {}
   for run in found['runs']:
-    cores = '1' if 'taskset' in run['environment']['command'] else '2'
     how = 'all at once' if run['commit'] == BEFORE_SLOPES else 'a few'
-    setting = run['model'], str(run['batch']), cores, how
+    setting = run['model'], str(run['batch']), how
     times.setdefault(setting, {})[run['phase']] = 1e3 * run['step_seconds']
   rows = [
     [*setting, *(f'{found[phase]:.0f} ms' for phase in phases)]
     for setting, found in times.items()
   ]
-  head = ' | '.join(['model | batch | cores | images', *phases])
+  head = ' | '.join(['model | batch | images', *phases])
   return compare.markdown(head, rows) + result_files.made(found)
 
 

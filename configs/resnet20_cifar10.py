@@ -1,11 +1,13 @@
 """DJPQ on ResNet-20 / CIFAR-10, from a trained float model.
 
 The float weights have 91.73 %.  Reproduced so far, in 5 epochs instead of 10
-(search.epochs=1.5, finetune.epochs=3.5), with three seeds: 88.07 % at 0.403 %
-of the float32 BOPs, two bits everywhere 86.88 % at 0.403 %; 90.70 % at 0.894 %,
-three bits 90.43 % at 0.895 %; 91.40 % at 1.578 %, four bits 91.25 % at 1.580 %.
-At 0.202 %, since then and with two seeds: 84.69 %, one bit for weights and two
-for inputs everywhere 84.00 % with one.
+(search.epochs=1.5, finetune.epochs=3.5), with three seeds: 84.85 % at 0.202 %
+of the float32 BOPs, 88.67 % at 0.403 %, 90.72 % at 0.894 %; with one 91.71 % at
+1.577 %.  One bit for weights and two for inputs everywhere have 84.05 % at
+0.202 % (two seeds), two bits everywhere 87.38 % at 0.403 % (one).
+With mid_rise=False and search.whole_bits_to=0 and three seeds: 88.07 % at
+0.403 %, two bits everywhere 86.88 %; 90.70 % at 0.894 %, three bits 90.43 % at
+0.895 %; 91.40 % at 1.578 %, four bits 91.25 % at 1.580 %.
 With symmetric grids of kernels and one seed: 91.06 % at 0.987 %, two stages
 90.64 % at 0.999 %; in all 10 epochs 91.68 % at 1.998 %.  The results are
 benchmarks/results/resnet20_cifar10*.json.
