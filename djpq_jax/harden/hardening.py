@@ -1,9 +1,6 @@
 """Rounds a frozen model for good."""
 
-import functools
-
 from flax import nnx
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -56,19 +53,14 @@ def harden(model: compress.Compressed) -> parts.HardenedModel:
 
 def _settle(hook: compress.Hook):
   weight, act = hook.operands.weight, hook.operands.act
-  grids = nnx.split((weight, act))
-  integers, unit, ends, step = _whole(*grids, hook.layer.kernel[...])
-  width = int(np.max(np.abs(np.asarray(integers))))
+  integers = weight.integers(hook.layer.kernel[...])
+  width = int(jnp.max(jnp.abs(integers)))
   dtype = jnp.int8 if width < 2**7 else jnp.int16
   hook.layer.kernel = layers.IntegerParam(integers.astype(dtype))
-  hook.operands.weight = nnx.data(parts.Dequantizer(unit, odd=weight.mid_rise))
-  lowest, highest = map(int, np.asarray(ends))
-  hook.operands.act = nnx.data(parts.FixedQuantizer(step, lowest, highest))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _whole(grids, state, kernel):
-  """A kernel's integers and their unit, inputs' extreme integers and step."""
-  weight, act = nnx.merge(grids, state)
-  ends = act.integers(jnp.array([-jnp.inf, jnp.inf]))
-  return weight.integers(kernel), weight.unit, ends, act.grid()[0]
+  hook.operands.weight = nnx.data(
+    parts.Dequantizer(weight.unit, odd=weight.mid_rise)
+  )
+  lowest, highest = map(int, act.integers(jnp.array([-jnp.inf, jnp.inf])))
+  hook.operands.act = nnx.data(
+    parts.FixedQuantizer(act.grid()[0], lowest, highest)
+  )
