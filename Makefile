@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 NUMBERS := ops export_test.py harden_test.py integer_test.py
 NUMBERS += reproducible_test.py train_convolutions_test.py
 NUMBERS := $(addprefix tests/,$(NUMBERS))
-# The others' time is mostly spent on compiling; it is halved where XLA and LLVM
+# The others' time is mostly spent on compiling, and is less where XLA and LLVM
 # do not optimize.  A flag that XLA does not know ends the process.
 QUICKLY = export JAX_DISABLE_MOST_OPTIMIZATIONS=true; given=$$XLA_FLAGS; \
   export XLA_FLAGS="$$given --xla_cpu_use_fusion_emitters=false \

@@ -219,7 +219,7 @@ def jit_step(step: Step, mesh: jax.sharding.Mesh) -> Step:
     step: (state, batch) -> (state, metrics), pure; the state is donated.
     mesh: from `mesh`.
   """
-  return _jit(step, mesh, donate_argnums=0)
+  return _jit(_telling_shares(step, mesh.shape[AXIS]), mesh, donate_argnums=0)
 
 
 def jit_whole(
@@ -238,22 +238,19 @@ def _jit(function, mesh: jax.sharding.Mesh, **options):
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
   return jax.jit(
-    _telling_shares(function, mesh.shape[AXIS]),
-    in_shardings=(whole, spread),
-    out_shardings=whole,
-    **options,
+    function, in_shardings=(whole, spread), out_shardings=whole, **options
   )
 
 
-@functools.cache  # JAX keeps programs by function
-def _telling_shares(function, count: int):
-  """The function, in which `shares` is a count."""
+@functools.lru_cache(maxsize=8)  # JAX keeps programs by function
+def _telling_shares(step: Step, count: int) -> Step:
+  """The step, in which `shares` is a count."""
 
-  @functools.wraps(function)
+  @functools.wraps(step)
   def told(*args):
     before = _SHARES.set(count)
     try:
-      return function(*args)
+      return step(*args)
     finally:
       _SHARES.reset(before)
 
@@ -261,9 +258,9 @@ def _telling_shares(function, count: int):
 
 
 def shares() -> int:
-  """In how many shares devices hold the batch of what is being traced.
+  """In how many shares devices hold the batch of the step being traced.
 
-  One where a program sees one share only, as in `pmap_step`.
+  One but for `jit_step`: elsewhere a program sees one share only.
   """
   return _SHARES.get()
 

@@ -155,7 +155,7 @@ def _dense(convolve, pad, strides: Sizes, dilation: Sizes):
     transposed = jax.linear_transpose(lambda x: convolve(x, kernel), inputs)
     (of_inputs,) = transposed(g)
     how = kernel, strides, dilation
-    of_kernel = _of_shares(_dense_slope, pad(inputs), g, *how).sum(0)
+    of_kernel = _of_shares(_dense_slope, pad(inputs), g, *how)
     return of_inputs, of_kernel.reshape(kernel.shape).astype(kernel.dtype)
 
   dense = jax.custom_vjp(convolve)
@@ -186,16 +186,16 @@ def _dense_slope(padded, g, kernel, strides: Sizes, dilation: Sizes):
 
 
 def _of_shares(slope, padded, g, *how):
-  """A slope of each device's share of the batch, one below the other.
+  """The sum of the slopes of each device's share of the batch.
 
   Were the whole batch gone through at once, all of them would go through all
   of it.
   """
   shares = math.gcd(len(g), parallel.shares())
   if shares == 1:
-    return slope(padded, g, *how)[None]
+    return slope(padded, g, *how)
   spread = [x.reshape(shares, -1, *x.shape[1:]) for x in (padded, g)]
-  return jax.vmap(lambda padded, g: slope(padded, g, *how))(*spread)
+  return jax.vmap(lambda padded, g: slope(padded, g, *how))(*spread).sum(0)
 
 
 def _windows(
@@ -245,7 +245,7 @@ def _backward(strides: Sizes, dilation: Sizes, residuals, g):
   how = kernel, strides, dilation
   of_kernel = _of_shares(_depthwise_slope, padded, g, *how)
   (of_padded,) = jax.vjp(of_inputs, padded)[1](g)
-  return of_padded, of_kernel.sum(0).reshape(kernel.shape).astype(kernel.dtype)
+  return of_padded, of_kernel.reshape(kernel.shape).astype(kernel.dtype)
 
 
 def _depthwise_slope(padded, g, kernel, strides: Sizes, dilation: Sizes):
