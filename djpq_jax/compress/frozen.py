@@ -11,6 +11,7 @@ from djpq_jax.compress import attach
 from djpq_jax.compress import clips
 from djpq_jax.compress import structure as structure_lib
 from djpq_jax.compress import wrapped
+from djpq_jax.graph import surgery
 
 
 def freeze(
@@ -42,7 +43,7 @@ def freeze(
   gates = []
   for g, gate in zip(structure.gated, model.gates):
     mask = structure_lib.open_masks(structure)[g]
-    scale = gate.mu[...][np.flatnonzero(mask)]
+    scale = surgery.take(gate.mu[...], np.flatnonzero(mask), 0)
     gates.append(layers.Gate(int(mask.sum()), scale=scale, noisy=False))
   frozen = wrapped.Compressed(inner, gates, structure)
   found = {path: operands for path, _, operands in wrapped.hooks(frozen)}

@@ -81,15 +81,23 @@ def _slice_leaf(leaf, dropped: Mapping[int, np.ndarray]):
   value = marking.value_of(leaf)
   for axis, gone in dropped.items():
     kept = np.setdiff1d(np.arange(value.shape[axis]), gone)
-    value = _take(value, kept, axis)
+    value = take(value, kept, axis)
   # Also where nothing is cut: the new model must not share Variables.
   return marking.with_value(leaf, value)
 
 
-def _take(value, kept, axis):
+def take(value, kept: np.ndarray, axis: int):
+  """The entries `kept` of an array, or of the shape of one, along an axis."""
   if isinstance(value, jax.ShapeDtypeStruct):
     shape = (*value.shape[:axis], len(kept), *value.shape[axis + 1 :])
     return jax.ShapeDtypeStruct(shape, value.dtype)
+  concrete = isinstance(value, jax.Array) and not isinstance(
+    value, jax.core.Tracer
+  )
+  if concrete and value.is_fully_replicated:
+    # In NumPy, so that no program is compiled for each shape.
+    rest = np.take(np.asarray(value), kept, axis)
+    return jax.device_put(rest, value.sharding if value.committed else None)
   return value[(slice(None),) * axis + (kept,)]
 
 

@@ -53,10 +53,11 @@ def harden(model: compress.Compressed) -> parts.HardenedModel:
 
 def _settle(hook: compress.Hook):
   weight, act = hook.operands.weight, hook.operands.act
-  integers = weight.integers(hook.layer.kernel[...])
-  width = int(jnp.max(jnp.abs(integers)))
-  dtype = jnp.int8 if width < 2**7 else jnp.int16
-  hook.layer.kernel = layers.IntegerParam(integers.astype(dtype))
+  # In NumPy from here on, again without a program for each shape.
+  integers = np.asarray(weight.integers(hook.layer.kernel[...]))
+  width = int(np.max(np.abs(integers)))
+  integers = integers.astype(np.int8 if width < 2**7 else np.int16)
+  hook.layer.kernel = layers.IntegerParam(jnp.asarray(integers))
   hook.operands.weight = nnx.data(
     parts.Dequantizer(weight.unit, odd=weight.mid_rise)
   )

@@ -240,11 +240,19 @@ def quantize_to_int(
   Array([-4,  1,  3], dtype=int32)
   """
   sides = _sides(signed, narrow_range, exponent, below, mid_rise, floor)
+  if powers.is_one(exponent):
+    exponent = None
+  return _to_int(x, step_size, clip, exponent, floor, sides)
+
+
+# One program for each shape, and not one for each operation on it.
+@functools.partial(jax.jit, static_argnums=5, inline=True)
+def _to_int(x, step_size, clip, exponent, floor, sides):
   x, step, clip, exponent, floor = _operands(
     x, step_size=step_size, clip=clip, exponent=exponent, floor=floor
   )
   level = _level(x, step, clip, exponent, floor, sides)
-  if mid_rise:
+  if sides.mid_rise:
     level = 2 * level
   return jax.lax.stop_gradient(level).astype(jnp.int32)
 
