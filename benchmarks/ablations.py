@@ -48,13 +48,15 @@ def _bits_held(held: int):
   return bits
 
 
-def _held_back(self, x):
-  """Beyond the level of one bit x has no gradient, as beyond other clips."""
+def _let_through(self, x):
+  """Beyond the level of one bit x has its gradient, unlike beyond clips."""
+  out = _QUANTIZE(self, x)
   if self.fixed_bits is None and self.signed and 1 in self.choices:
     clip = jnp.exp(self.log_clip[...])
-    far = (jnp.abs(x) > clip) & (self.bits() < 2)
-    x = jnp.where(far, jax.lax.stop_gradient(x), x)
-  return _QUANTIZE(self, x)
+    far = (jnp.abs(x) > clip) & (self.bits() < 2) & jnp.isfinite(x)
+    beyond = jnp.where(far, x, 0)
+    out += (beyond - jax.lax.stop_gradient(beyond)).astype(x.dtype)
+  return out
 
 
 def _means(found, key, batch: int):
@@ -198,7 +200,7 @@ _INIT = budget_lib.Controller.init
 PATCHES: dict[str, list[tuple[Any, str, Any]]] = {
   'BOPs move steps alone': [(layers.Quantizer, 'bits', _bits_held(1))],
   'BOPs move clips alone': [(layers.Quantizer, 'bits', _bits_held(0))],
-  'one bit held back': [(layers.Quantizer, '__call__', _held_back)],
+  'one bit let through': [(layers.Quantizer, '__call__', _let_through)],
   'no push while it falls': [
     (budget_lib.Controller, 'init', _watching),
     (budget_lib.Controller, 'update', _update_unless_it_falls),

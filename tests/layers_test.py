@@ -350,6 +350,8 @@ def test_choices_have_the_grids_that_are_left_once_bits_are_fixed(
   got, want = (
     jax.grad(lambda x, q=q: jnp.sum(q(x) ** 3))(x) for q in (searched, fixed)
   )
+  if bits < 2:  # what lies beyond the level is held back, while it is searched
+    want = jnp.where(jnp.abs(x) > 1.5, 0, want)
   np.testing.assert_allclose(got, want, rtol=1e-5)
   got, want = (
     _grad(lambda q: jnp.sum(q(x) ** 3), q) for q in (searched, fixed)

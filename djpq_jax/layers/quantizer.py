@@ -266,21 +266,15 @@ class Quantizer(nnx.Module):
     if self.fixed_bits is not None and self.log_exponent is None:
       clip = jnp.exp(self.log_clip[...])
       return quantize.quantize_lsq(x, clip, self.fixed_bits, **self.sides)
-    parts, sides, shift, bits = self._parts()
+    parts, sides, shift = self._parts()
     if shift is None:
-      out = quantize.quantize(x, *parts, **sides)
-    else:
-      out = quantize.quantize(x - shift, *parts, **sides) + shift
-    if 1 in self.choices and self.signed:
-      # Of one bit nothing is held back, as in `quantize.quantize_lsq`.
-      far = (jnp.abs(x) > jnp.exp(self.log_clip[...])) & jnp.isfinite(x)
-      beyond = jnp.where((bits < 2) & far, x, 0)
-      out += beyond - jax.lax.stop_gradient(beyond)
+      return quantize.quantize(x, *parts, **sides)
+    out = quantize.quantize(x - shift, *parts, **sides) + shift
     return out.astype(x.dtype)
 
   def integers(self, x):
     """The whole numbers n, int32, for which `self(x)` is unit * n."""
-    parts, sides, shift, _ = self._parts()
+    parts, sides, shift = self._parts()
     if shift is None:
       return quantize.quantize_to_int(x, *parts, **sides)
     level = quantize.quantize_to_int(x - shift, *parts, **sides)
@@ -293,7 +287,7 @@ class Quantizer(nnx.Module):
     return step * jnp.where(self._without_zero(bits), 0.5, 1.0)
 
   def _parts(self):
-    """The grid, its sides, how far it is shifted or None, and its bits.
+    """The grid, its sides, and how far it is shifted or None.
 
     Where it depends on the bits whether a level is at zero, there is one grid
     for both: a mid-rise one is that of all levels, half a step higher.
@@ -301,9 +295,9 @@ class Quantizer(nnx.Module):
     step, clip, exponent, bits = self._grid()
     without = self._without_zero(bits)
     if isinstance(without, bool):
-      return (step, clip, exponent), self._sides(without), None, bits
+      return (step, clip, exponent), self._sides(without), None
     shift = jnp.where(without, step / 2, 0.0)
-    return (step, clip - shift, exponent), self._sides(False), shift, bits
+    return (step, clip - shift, exponent), self._sides(False), shift
 
   def _without_zero(self, bits):
     """Whether the grid has no level at zero; a bool if that is known."""
