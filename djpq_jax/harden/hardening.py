@@ -1,6 +1,7 @@
 """Rounds a frozen model for good."""
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -57,7 +58,7 @@ def _settle(hook: compress.Hook):
   integers = np.asarray(weight.integers(hook.layer.kernel[...]))
   width = int(np.max(np.abs(integers)))
   integers = integers.astype(np.int8 if width < 2**7 else np.int16)
-  hook.layer.kernel = layers.IntegerParam(jnp.asarray(integers))
+  hook.layer.kernel = layers.IntegerParam(jax.device_put(integers))
   hook.operands.weight = nnx.data(
     parts.Dequantizer(weight.unit, odd=weight.mid_rise)
   )

@@ -6,8 +6,7 @@ from typing import Any
 from flax import nnx
 import jax
 
-# One object for all layers: graph definitions compare initializers by identity.
-HE_NORMAL = nnx.initializers.he_normal()
+from djpq_jax.models import kernels
 
 
 def check_input_shape(shape: Sequence[int], multiple: int) -> tuple[int, ...]:
@@ -41,6 +40,13 @@ def max_pool_2x2(x: jax.Array) -> jax.Array:
 def flatten(x: jax.Array) -> jax.Array:
   """[B, ...] -> [B, features], whatever number of channels is left."""
   return x.reshape(x.shape[0], -1)
+
+
+def head(inputs: int, outputs: int, *, rngs: nnx.Rngs) -> nnx.Linear:
+  """The last layer, from features to logits."""
+  return nnx.Linear(
+    inputs, outputs, kernel_init=kernels.lecun_normal, rngs=rngs
+  )
 
 
 def conv(
@@ -77,7 +83,7 @@ def conv(
     padding=(side, side) if padding is None else padding,
     feature_group_count=groups,
     use_bias=bias,
-    kernel_init=HE_NORMAL,
+    kernel_init=kernels.he_normal,
     rngs=rngs,
   )
 
@@ -108,7 +114,7 @@ class ConvBN(nnx.Module):
       (3, 3),
       padding='SAME',
       use_bias=False,
-      kernel_init=HE_NORMAL,
+      kernel_init=kernels.he_normal,
       rngs=rngs,
     )
     self.bn = batch_norm(out_channels, rngs=rngs)
@@ -151,9 +157,8 @@ class DigitsCNN(nnx.Module):
     self.block2 = ConvBN(c1, c2, activation, rngs=rngs)
     self.block3 = ConvBN(c2, c3, activation, rngs=rngs)
     self.block4 = ConvBN(c3, c4, activation, rngs=rngs)
-    self.linear = nnx.Linear(
-      height // 2 * (width // 2) * c4, num_classes, rngs=rngs
-    )
+    features = height // 2 * (width // 2) * c4
+    self.linear = head(features, num_classes, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Images [B, H, W, C] -> logits [B, num_classes]."""
@@ -184,11 +189,11 @@ class LeNet5(nnx.Module):
   ):
     self.input_shape = check_input_shape(input_shape, 4)
     height, width, inputs = self.input_shape
-    init: dict[str, Any] = dict(kernel_init=HE_NORMAL, rngs=rngs)
+    init: dict[str, Any] = dict(kernel_init=kernels.he_normal, rngs=rngs)
     self.conv1 = nnx.Conv(inputs, 32, (5, 5), padding='SAME', **init)
     self.conv2 = nnx.Conv(32, 64, (5, 5), padding='SAME', **init)
     self.fc1 = nnx.Linear(height // 4 * (width // 4) * 64, 512, **init)
-    self.fc2 = nnx.Linear(512, num_classes, rngs=rngs)
+    self.fc2 = head(512, num_classes, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Images [B, H, W, C] -> logits [B, num_classes]."""

@@ -68,7 +68,7 @@ class EfficientNetLite0(nnx.Module):
         channels = outputs
     self.blocks = nnx.List(blocks)
     self.head = mobilenet.ConvNorm(channels, 1280, 1, **kwargs)
-    self.classifier = nnx.Linear(1280, num_classes, rngs=rngs)
+    self.classifier = cnn.head(1280, num_classes, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Images [B, H, W, C] -> logits [B, num_classes]."""

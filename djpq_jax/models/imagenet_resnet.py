@@ -116,7 +116,7 @@ class ImageNetResNet(nnx.Module):
     self.layer2 = _stage(block, second, 64 * out, 128, 2, rngs=rngs)
     self.layer3 = _stage(block, third, 128 * out, 256, 2, rngs=rngs)
     self.layer4 = _stage(block, fourth, 256 * out, 512, 2, rngs=rngs)
-    self.fc = nnx.Linear(512 * out, num_classes, rngs=rngs)
+    self.fc = cnn.head(512 * out, num_classes, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Images [B, H, W, C] -> logits [B, num_classes]."""

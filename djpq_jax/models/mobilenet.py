@@ -172,7 +172,7 @@ class MobileNetV2(nnx.Module):
     self.blocks = nnx.List(blocks)
     last = round_channels(1280 * max(1.0, width))
     self.head = ConvNorm(channels, last, 1, rngs=rngs)
-    self.classifier = nnx.Linear(last, num_classes, rngs=rngs)
+    self.classifier = cnn.head(last, num_classes, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Images [B, H, W, C] -> logits [B, num_classes]."""

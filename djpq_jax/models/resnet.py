@@ -82,7 +82,7 @@ class CifarResNet(nnx.Module):
     self.layer1 = _stage(blocks, 16, 16, 1, rngs=rngs)
     self.layer2 = _stage(blocks, 16, 32, 2, rngs=rngs)
     self.layer3 = _stage(blocks, 32, 64, 2, rngs=rngs)
-    self.linear = nnx.Linear(64, num_classes, rngs=rngs)
+    self.linear = cnn.head(64, num_classes, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Images [B, H, W, C] -> logits [B, num_classes]."""

@@ -10,6 +10,7 @@ from flax import nnx
 import jax
 
 from djpq_jax.models import cnn
+from djpq_jax.models import kernels
 
 # Outputs of the convolutions between two pools  [Simonyan and Zisserman 2014].
 _VGG11 = ((64,), (128,), (256, 256), (512, 512), (512, 512))
@@ -17,7 +18,7 @@ _VGG16 = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
 
 
 def _linear(inputs, outputs, *, rngs):
-  return nnx.Linear(inputs, outputs, kernel_init=cnn.HE_NORMAL, rngs=rngs)
+  return nnx.Linear(inputs, outputs, kernel_init=kernels.he_normal, rngs=rngs)
 
 
 class VGG7(nnx.Module):
@@ -55,7 +56,7 @@ class VGG7(nnx.Module):
     self.blocks = nnx.List(blocks)
     features = height // shrink * (width // shrink) * inputs
     self.fc1 = _linear(features, hidden, rngs=rngs)
-    self.fc2 = nnx.Linear(hidden, num_classes, rngs=rngs)
+    self.fc2 = cnn.head(hidden, num_classes, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Images [B, H, W, C] -> logits [B, num_classes]."""
@@ -130,7 +131,7 @@ class VGG(nnx.Module):
     features = math.prod(self.map_shape)
     self.fc1 = _linear(features, hidden, rngs=rngs)
     self.fc2 = _linear(hidden, hidden, rngs=rngs)
-    self.fc3 = nnx.Linear(hidden, num_classes, rngs=rngs)
+    self.fc3 = cnn.head(hidden, num_classes, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Images [B, H, W, C] -> logits [B, num_classes]."""

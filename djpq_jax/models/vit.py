@@ -12,15 +12,17 @@ import jax
 import jax.numpy as jnp
 
 from djpq_jax.models import cnn
+from djpq_jax.models import kernels
 
 EPSILON = 1e-6  # of all norms
-# Objects that all layers share: graph definitions compare initializers by
-# identity.
-_NORMAL = nnx.initializers.truncated_normal(0.02)
+
+
+def _normal(key, shape, dtype=jnp.float32):
+  return kernels.truncated_normal(key, shape, dtype, deviation=0.02)
 
 
 def _linear(inputs, outputs, *, rngs):
-  return nnx.Linear(inputs, outputs, kernel_init=_NORMAL, rngs=rngs)
+  return nnx.Linear(inputs, outputs, kernel_init=_normal, rngs=rngs)
 
 
 class Attention(nnx.Module):
@@ -116,10 +118,11 @@ class VisionTransformer(nnx.Module):
       (patch, patch),
       strides=(patch, patch),
       padding='VALID',
+      kernel_init=kernels.lecun_normal,
       rngs=rngs,
     )
     self.class_token = nnx.Param(jnp.zeros((1, 1, width)))
-    self.positions = nnx.Param(_NORMAL(rngs.params(), (1, tokens, width)))
+    self.positions = nnx.Param(_normal(rngs.params(), (1, tokens, width)))
     self.blocks = nnx.List(
       [Block(width, heads, hidden, rngs=rngs) for _ in range(depth)]
     )
