@@ -53,7 +53,8 @@ def _let_through(self, x):
   out = _QUANTIZE(self, x)
   if self.fixed_bits is None and self.signed and 1 in self.choices:
     clip = jnp.exp(self.log_clip[...])
-    far = (jnp.abs(x) > clip) & (self.bits() < 2) & jnp.isfinite(x)
+    *_, bits = self._grid()
+    far = (jnp.abs(x) > clip) & (bits < 2) & jnp.isfinite(x)
     beyond = jnp.where(far, x, 0)
     out += (beyond - jax.lax.stop_gradient(beyond)).astype(x.dtype)
   return out

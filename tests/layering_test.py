@@ -35,7 +35,7 @@ class Row(NamedTuple):
 TABLE = (
   # Small helpers: packages that may be missing, whole files, looks inside.
   Row('packages machine', '', ''),
-  Row('taps', '', 'jax numpy'),
+  Row('taps places', '', 'jax numpy'),
   # etils reaches object stores as orbax does.
   Row('files', 'packages', 'etils'),
   Row('stablehlo calls', '', 'jax'),
@@ -48,11 +48,11 @@ TABLE = (
     'packages machine files',
     'jax numpy grain sklearn tensorflow_datasets',
   ),
-  Row('models', '', 'jax numpy flax.nnx safetensors'),
+  Row('models', 'places', 'jax numpy flax.nnx safetensors'),
   Row('parallel', '', 'jax numpy flax.nnx'),
-  Row('graph', 'calls', 'jax numpy flax.nnx'),
+  Row('graph', 'calls places', 'jax numpy flax.nnx'),
   Row('layers', 'ops cost taps', 'jax numpy flax.nnx'),
-  Row('compress', 'ops cost graph layers taps', 'jax numpy flax.nnx'),
+  Row('compress', 'ops cost graph layers taps places', 'jax numpy flax.nnx'),
   Row(ALLOCATION, 'ops cost layers compress', 'jax numpy optax flax.nnx'),
   Row('harden', 'ops cost graph layers compress', 'jax numpy flax.nnx'),
   Row(

@@ -7,11 +7,11 @@ import numpy as np
 
 from djpq_jax import graph as graph_lib
 from djpq_jax import layers
+from djpq_jax import places as places_lib
 from djpq_jax.compress import attach
 from djpq_jax.compress import clips
 from djpq_jax.compress import structure as structure_lib
 from djpq_jax.compress import wrapped
-from djpq_jax.graph import surgery
 
 
 def freeze(
@@ -43,8 +43,9 @@ def freeze(
   gates = []
   for g, gate in zip(structure.gated, model.gates):
     mask = structure_lib.open_masks(structure)[g]
-    scale = surgery.take(gate.mu[...], np.flatnonzero(mask), 0)
-    gates.append(layers.Gate(int(mask.sum()), scale=scale, noisy=False))
+    kept = np.flatnonzero(mask)
+    scale = places_lib.pick(lambda mu, kept=kept: mu[kept], gate.mu[...])
+    gates.append(layers.Gate(len(kept), scale=scale, noisy=False))
   frozen = wrapped.Compressed(inner, gates, structure)
   found = {path: operands for path, _, operands in wrapped.hooks(frozen)}
   attach.attach_operands(

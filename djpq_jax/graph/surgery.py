@@ -6,6 +6,7 @@ from flax import nnx
 import jax
 import numpy as np
 
+from djpq_jax import places
 from djpq_jax.graph import marking
 from djpq_jax.graph import records
 
@@ -81,24 +82,16 @@ def _slice_leaf(leaf, dropped: Mapping[int, np.ndarray]):
   value = marking.value_of(leaf)
   for axis, gone in dropped.items():
     kept = np.setdiff1d(np.arange(value.shape[axis]), gone)
-    value = take(value, kept, axis)
+    value = _take(value, kept, axis)
   # Also where nothing is cut: the new model must not share Variables.
   return marking.with_value(leaf, value)
 
 
-def take(value, kept: np.ndarray, axis: int):
-  """The entries `kept` of an array, or of the shape of one, along an axis."""
+def _take(value, kept, axis):
   if isinstance(value, jax.ShapeDtypeStruct):
     shape = (*value.shape[:axis], len(kept), *value.shape[axis + 1 :])
     return jax.ShapeDtypeStruct(shape, value.dtype)
-  concrete = isinstance(value, jax.Array) and not isinstance(
-    value, jax.core.Tracer
-  )
-  if concrete and value.is_fully_replicated:
-    # In NumPy, so that no program is compiled for each shape.
-    rest = np.take(np.asarray(value), kept, axis)
-    return jax.device_put(rest, value.sharding if value.committed else None)
-  return value[(slice(None),) * axis + (kept,)]
+  return places.pick(lambda v: v[(slice(None),) * axis + (kept,)], value)
 
 
 def _update_attributes(module):

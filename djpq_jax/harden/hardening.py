@@ -1,7 +1,6 @@
 """Rounds a frozen model for good."""
 
 from flax import nnx
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -54,11 +53,10 @@ def harden(model: compress.Compressed) -> parts.HardenedModel:
 
 def _settle(hook: compress.Hook):
   weight, act = hook.operands.weight, hook.operands.act
-  # In NumPy from here on, again without a program for each shape.
-  integers = np.asarray(weight.integers(hook.layer.kernel[...]))
-  width = int(np.max(np.abs(integers)))
-  integers = integers.astype(np.int8 if width < 2**7 else np.int16)
-  hook.layer.kernel = layers.IntegerParam(jax.device_put(integers))
+  integers = weight.integers(hook.layer.kernel[...])
+  width = int(np.max(np.abs(np.asarray(integers))))
+  dtype = jnp.int8 if width < 2**7 else jnp.int16
+  hook.layer.kernel = layers.IntegerParam(integers.astype(dtype))
   hook.operands.weight = nnx.data(
     parts.Dequantizer(weight.unit, odd=weight.mid_rise)
   )

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from djpq_jax import places
+
 # Standard deviation of the standard normal distribution between -2 and 2.
 _TRUNCATED = 0.87962566103423978
 # Vectors have one of a few lengths, up to where that would waste much.
@@ -29,21 +31,21 @@ def lecun_normal(key, shape, dtype=jnp.float32):
 def truncated_normal(key, shape, dtype=jnp.float32, *, deviation=1.0):
   """Normal values, cut at two standard deviations, times `deviation`.
 
-  Those of `jax.random.truncated_normal(key, -2, 2, shape, dtype)`: an entry
-  depends on its place in the flat array, and not on the shape.
+  Those of `jax.random.truncated_normal(key, -2, 2, shape, dtype)`, where an
+  entry depends on its place in the flat array and not on the shape, as with
+  the generator that JAX has by default.
   """
   size = math.prod(shape)
   length = size
-  if size <= _LONGEST:
+  if size <= _LONGEST and not isinstance(key, jax.core.Tracer):
     length = _SHORTEST
     while length < size:
       length *= 4
   values = jax.random.truncated_normal(key, -2.0, 2.0, (length,), dtype)
   values *= np.asarray(deviation, dtype)
-  if isinstance(values, jax.core.Tracer):
-    return values[:size].reshape(shape)
-  # In NumPy, where no program is compiled for each shape either.
-  return jax.device_put(np.asarray(values)[:size].reshape(shape))
+  if length == size:
+    return values.reshape(shape)
+  return places.pick(lambda v: v[:size].reshape(shape), values)
 
 
 def _scaled(scale: float, key, shape, dtype):

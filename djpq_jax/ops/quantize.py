@@ -158,7 +158,8 @@ def quantize_lsq(
   Of one bit, with `mid_rise`, the clip is the level: ``sign(x) clip``, where
   zero counts as positive [the scaled sign of XNOR-Net, Rastegari et al. 2016].
   Much of x lies beyond its level then, and is no exception to be held back, so
-  the derivatives are the same everywhere [our choice]::
+  the derivatives are the same everywhere [our choice; `quantize`, which bits
+  are searched with, holds it back]::
 
       d x_q / d clip = sign(x),   d x_q / d x = 1
 
@@ -240,9 +241,14 @@ def quantize_to_int(
   Array([-4,  1,  3], dtype=int32)
   """
   sides = _sides(signed, narrow_range, exponent, below, mid_rise, floor)
-  if powers.is_one(exponent):
-    exponent = None
-  return _to_int(x, step_size, clip, exponent, floor, sides)
+  exponent = None if powers.is_one(exponent) else exponent
+  x = jnp.asarray(x)
+  # As arrays: a whole number of Python may be too large for a program.
+  operands = [
+    p if p is None else jnp.asarray(p, powers.compute_dtype(x))
+    for p in (step_size, clip, exponent, floor)
+  ]
+  return _to_int(x, *operands, sides)
 
 
 # One program for each shape, and not one for each operation on it.
