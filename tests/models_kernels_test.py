@@ -19,7 +19,8 @@ def test_values_are_those_of_jax(name, shape):
   key = jax.random.key(3)
   got = getattr(kernels, name)(key, shape)
   want = getattr(jax.nn.initializers, name)()(key, shape)
-  np.testing.assert_array_equal(got, want)
+  # The last bits are those of the vector instructions that compilers choose.
+  np.testing.assert_allclose(got, want, rtol=2e-6)
   assert (got.dtype, got.shape) == (want.dtype, want.shape)
 
 
@@ -27,7 +28,7 @@ def test_values_of_a_given_deviation_are_those_of_jax():
   key, shape = jax.random.key(4), (1, 5, 6)
   got = kernels.truncated_normal(key, shape, deviation=0.02)
   want = jax.nn.initializers.truncated_normal(0.02)(key, shape)
-  np.testing.assert_array_equal(got, want)
+  np.testing.assert_allclose(got, want, rtol=2e-6)
 
 
 def test_they_can_be_traced():

@@ -1,7 +1,8 @@
 """Kernels to begin with: JAX's initializers, in a fraction of their time.
 
 XLA takes seconds to compile a generator for each shape of several axes on a
-CPU, and tenths of one for a vector.
+CPU, and tenths of one for a vector.  Compilers treat the ends of vectors in
+their own ways, so that a last bit may differ from JAX's.
 """
 
 import math
