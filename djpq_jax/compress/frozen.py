@@ -41,9 +41,9 @@ def freeze(
     model.model, structure.graph, dict(plan.open)
   )
   gates = []
+  masks = structure_lib.open_masks(structure)
   for g, gate in zip(structure.gated, model.gates):
-    mask = structure_lib.open_masks(structure)[g]
-    kept = np.flatnonzero(mask)
+    kept = np.flatnonzero(masks[g])
     scale = places_lib.pick(lambda mu, kept=kept: mu[kept], gate.mu[...])
     gates.append(layers.Gate(len(kept), scale=scale, noisy=False))
   frozen = wrapped.Compressed(inner, gates, structure)

@@ -1,8 +1,8 @@
-"""Kernels to begin with: JAX's initializers, in a fraction of their time.
+"""Kernels to begin with: JAX's initializers, with fewer programs to compile.
 
-XLA takes seconds to compile a generator for each shape of several axes on a
-CPU, and tenths of one for a vector.  Compilers treat the ends of vectors in
-their own ways, so that a last bit may differ from JAX's.
+On a CPU XLA compiles a generator for a shape of several axes for longer than
+one for a vector, and one for each shape.  Compilers treat the ends of vectors
+in their own ways, so that a last bit may differ from JAX's.
 """
 
 import math

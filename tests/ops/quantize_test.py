@@ -405,6 +405,11 @@ def test_pmap_gives_each_device_its_gradient(case):
   _assert_trees_close([g[0] for g in got[1:]], want[1:])
 
 
+def test_integers_of_a_clip_that_is_a_large_whole_number():
+  found = quantize.quantize_to_int(jnp.array([-7.0, 3.0]), 1, 10**10)
+  np.testing.assert_array_equal(found, [-7, 3])
+
+
 @pytest.mark.parametrize('signed', SIGNED)
 @pytest.mark.parametrize('exponent', EXPONENTS)
 def test_integers_times_step_are_the_output(exponent, signed):
