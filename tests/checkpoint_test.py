@@ -177,8 +177,8 @@ def test_integers_take_no_more_than_their_bits(bits, tmp_path):
   class Large(tiny.Mlp):
     def __init__(self, rngs):
       super().__init__(rngs)
-      self.hidden = nnx.Linear(16, 20_000, rngs=rngs)
-      self.head = nnx.Linear(20_000, tiny.CLASSES, rngs=rngs)
+      self.hidden = nnx.Linear(16, 6000, rngs=rngs)
+      self.head = nnx.Linear(6000, tiny.CLASSES, rngs=rngs)
 
   rule = compress.Rule(pattern='*', weight_bits=(min(bits, 2), 8))
   net = tiny.compressed(Large, [rule])

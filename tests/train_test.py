@@ -465,6 +465,7 @@ def test_bad_weights_stop_the_run_and_are_named(search):
     train.fit(broken, batch_at, 4)
 
 
+@pytest.mark.slow
 def test_overflow_stops_the_run_and_names_the_layer():
   huge = np.finfo(np.float32).max
   # Bits of grids that may have one are counted up to twice the clip.
