@@ -19,8 +19,8 @@ import scipy.optimize
 
 from djpq_jax import compress
 from djpq_jax import layers
-from djpq_jax.compress import attach
 from djpq_jax.compress import frozen
+from djpq_jax.compress import quantizers
 from djpq_jax.compress import wrapped
 
 FINE = 8.0  # bits of the grids that are not measured
@@ -81,7 +81,7 @@ def divergences(
         kernels[path],
       )
       tried = _fine(grid, mid_rise=True) if mid_rise else grid
-      moved = attach.at_bits(tried, float(bits), tensors[kind, path])
+      moved = quantizers.at_bits(tried, float(bits), tensors[kind, path])
       setattr(operands, kind, nnx.data(moved))
       logits = log_probabilities(*nnx.split(net))
       apart = jnp.sum(jnp.exp(reference) * (reference - logits), axis=-1)

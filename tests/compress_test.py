@@ -741,13 +741,15 @@ assert not held, held
 @pytest.mark.parametrize('other', [np.ones((6, 6)), np.full((4, 9), 2.0)])
 def test_a_kernel_of_another_shape_or_scale_is_another_kernel(other):
   with pytest.raises(ValueError, match='another kernel than it holds'):
-    compress.attach._check_kernel('fc', jnp.ones((4, 9)), [jnp.asarray(other)])
+    compress.quantizers._check_kernel(
+      'fc', jnp.ones((4, 9)), [jnp.asarray(other)]
+    )
 
 
 def test_a_kernel_in_half_precision_is_the_one_that_is_held():
   held = jnp.asarray(np.random.default_rng(0).normal(size=(4, 4)), jnp.float32)
   masked = held.astype(jnp.bfloat16).at[0].set(0)
-  compress.attach._check_kernel('fc', held, [masked])
+  compress.quantizers._check_kernel('fc', held, [masked])
 
 
 def check_refused_unless_float(model, pattern, message, budget):
@@ -1118,7 +1120,7 @@ def test_bits_that_were_fixed_at_eight_leave_no_trace():
   grid = operands_of(net)['conv1'].weight
   assert grid.symmetric
   kernel = net.model.conv1.kernel[...]
-  grid = compress.attach.at_bits(grid, 2, [kernel], fixed=True)
+  grid = compress.quantizers.at_bits(grid, 2, [kernel], fixed=True)
   levels = grid.integers(jnp.array([-9.0, 9.0]))
   np.testing.assert_array_equal(levels, [-2, 1])
 
@@ -1327,9 +1329,9 @@ def test_a_kernel_that_its_layer_masks_keeps_a_level_at_zero():
 def test_a_dead_channel_stays_dead(axis):
   """However wide the layer is."""
   kernel = np.random.default_rng(0).normal(size=(300, 300)).astype(np.float32)
-  assert not compress.attach.needs_zero(kernel, [kernel])
+  assert not compress.quantizers.needs_zero(kernel, [kernel])
   kernel[(slice(None), 7) if axis else 7] = 0
-  assert compress.attach.needs_zero(kernel, [kernel])
+  assert compress.quantizers.needs_zero(kernel, [kernel])
 
 
 @standard_promotion

@@ -11,12 +11,12 @@ from djpq_jax.compress.accounting import planned_usage as planned_usage
 from djpq_jax.compress.accounting import usage as usage
 from djpq_jax.compress.attach import assemble as assemble
 from djpq_jax.compress.attach import attach_operands as attach_operands
-from djpq_jax.compress.attach import calibrate as calibrate
 from djpq_jax.compress.attach import compress as compress
-from djpq_jax.compress.attach import regrid as regrid
-from djpq_jax.compress.attach import restrict as restrict
 from djpq_jax.compress.frozen import fold_gates as fold_gates
 from djpq_jax.compress.frozen import freeze as freeze
+from djpq_jax.compress.quantizers import calibrate as calibrate
+from djpq_jax.compress.quantizers import regrid as regrid
+from djpq_jax.compress.quantizers import restrict as restrict
 from djpq_jax.compress.structure import MAX_BITS as MAX_BITS
 from djpq_jax.compress.structure import WHOLE_TO as WHOLE_TO
 from djpq_jax.compress.structure import GroupSettings as GroupSettings

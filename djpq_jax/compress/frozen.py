@@ -10,6 +10,7 @@ from djpq_jax import layers
 from djpq_jax import places as places_lib
 from djpq_jax.compress import attach
 from djpq_jax.compress import clips
+from djpq_jax.compress import quantizers
 from djpq_jax.compress import structure as structure_lib
 from djpq_jax.compress import wrapped
 
@@ -70,12 +71,12 @@ def freeze(
     # Nor one whose kernel had zeros when it was searched.
     mid_rise &= bits < 2 or operands.weight.may_lack_zero
     operands.weight = nnx.data(
-      attach.at_bits(
+      quantizers.at_bits(
         operands.weight, bits, [kernel], clip, fixed=True, mid_rise=mid_rise
       )
     )
     operands.act = nnx.data(
-      attach.at_bits(
+      quantizers.at_bits(
         operands.act, plan.act_bits[path], inputs[path], fixed=True
       )
     )
@@ -91,13 +92,13 @@ def is_mid_rise(
     settings: of its layer.
     bits: that it gets.
     held: the kernel.
-    handed: as that of `attach.needs_zero`.
+    handed: as that of `quantizers.needs_zero`.
   """
   if bits < 2:  # there is no other grid
     return True
   if bits > layers.MID_RISE_TO or not settings.may_lack_zero:
     return False
-  return not attach.needs_zero(held, handed)
+  return not quantizers.needs_zero(held, handed)
 
 
 def fold_gates(model: wrapped.Compressed):
