@@ -87,8 +87,12 @@ def headline() -> str:
   for task, names in HEADLINES.items():
     groups: dict[str, list[dict]] = {}
     for name in names:
-      runs = [r for r in result_files.read(name)['runs'] if 'error' not in r]
-      groups = compare.grouped(runs) | groups
+      groups = compare.grouped(result_files.read(name)['runs']) | groups
+    groups = {
+      contestant: good
+      for contestant, runs in groups.items()
+      if (good := [run for run in runs if 'error' not in run])
+    }
     bops = {n: _mean(runs, 'relative_bops') for n, runs in groups.items()}
     for contestant in sorted(groups, key=bops.__getitem__, reverse=True):
       runs = groups[contestant]
