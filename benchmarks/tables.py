@@ -125,8 +125,9 @@ def _mean(runs: list[dict], key: str) -> float:
 
 
 def _accuracy(runs: list[dict]) -> str:
-  seeds = {1: ' (1 seed)', 2: ' (2 seeds)'}
-  return compare.accuracy(runs) + seeds.get(len(runs), '')
+  count = len(runs)
+  seeds = '' if count == 3 else f' ({count} seed{"s" * (count > 1)})'
+  return compare.accuracy(runs) + seeds
 
 
 def alignment() -> str:
