@@ -822,9 +822,14 @@ def test_arguments_that_make_no_sense(artifact, arguments):
   refused(artifact, 'does not fit the model')
 
 
-def test_a_program_does_not_say_where_it_was_made(saved):
+def test_an_artifact_does_not_say_where_it_was_made(saved):
   content = lzma.decompress((saved / 'program.xz').read_bytes())
   assert b'.py' not in content
+  content += lzma.decompress((saved / 'index.xz').read_bytes())
+  for file in filter(pathlib.Path.is_file, saved.rglob('*')):
+    content += file.read_bytes()
+  assert b'arrays' in content
+  assert str(saved.parent).encode() not in content
 
 
 def test_a_program_that_calls_what_it_should_not():

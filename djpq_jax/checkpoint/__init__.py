@@ -146,6 +146,10 @@ def _write(
   )
   with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
     checkpointer.save(folder / 'arrays', arrays)
+  # Orbax says in it where the user has saved, which is no reader's business.
+  done = folder / 'arrays' / 'commit_success.txt'
+  if done.exists():
+    done.write_text('Checkpoint commit was successful')
   index_lib.write(folder, index)
   if code is not None:
     (folder / program_lib.FILE_NAME).write_bytes(code)

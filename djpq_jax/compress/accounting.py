@@ -118,7 +118,10 @@ def planned_usage(
 
 
 class PlanCosts:
-  """Relative costs of many plans of one structure, in float64.
+  """Relative costs of many plans of one structure.
+
+  All is counted in whole numbers, of which only the last quotient is rounded:
+  a plan that spends its budget to the last bit is not above it.
 
   Args:
     structure: of the model that has all its channels.
@@ -127,24 +130,23 @@ class PlanCosts:
   def __init__(self, structure: structure_lib.Structure):
     self.structure = structure
     layers = structure.graph.layers.values()
-    self.macs = structure.graph.float_macs
-    self.weights = sum(layer.weights for layer in layers)
+    self.macs = int(structure.graph.float_macs)
+    self.weights = sum(int(layer.weights) for layer in layers)
     self.products = [
-      (product.macs, [self._channels(*axis) for axis in product.axes])
+      (int(product.macs), [self._channels(*axis) for axis in product.axes])
       for product in structure.graph.products
     ]
-    self.rows = [
-      (
-        layer.path,
-        layer.macs,
-        layer.weights,
-        self._channels(layer.in_group, layer.in_channel),
-        None
-        if layer.depthwise
-        else self._channels(layer.out_group, layer.out_channel),
-      )
-      for layer in layers
-    ]
+    self.rows = []
+    for layer in layers:
+      axes = [self._channels(layer.in_group, layer.in_channel)]
+      if not layer.depthwise:
+        axes.append(self._channels(layer.out_group, layer.out_channel))
+      row = (layer.path, int(layer.macs), int(layer.weights), axes)
+      self.rows.append(row)
+    # Every share of channels is a whole number of this one's parts.
+    self.parts = math.lcm(
+      *(_channels_of(axes) for *_, axes in self.products + self.rows)
+    )
 
   def _channels(self, group, channel):
     """[(group name, channels)] of those with gates, and how many in all."""
@@ -156,33 +158,44 @@ class PlanCosts:
     ]
     return parts, len(group)
 
-  def relative(self, plan: structure_lib.Plan) -> dict[str, float]:
-    """Costs by name, as `cost.relative` has them; bits may be real-valued."""
-
-    def share(channels):
-      if channels is None:
-        return 1.0
-      parts, total = channels
+  def _left(self, axes, plan: structure_lib.Plan) -> int:
+    """The share that is left of channels on several axes, in parts."""
+    left = self.parts // _channels_of(axes)
+    for parts, total in axes:
       closed = sum(
         np.count_nonzero(~plan.open[name][index])
         for name, index in parts
         if name in plan.open
       )
-      return 1 - closed / total
+      left *= total - int(closed)
+    return left
 
-    size = 0.0
-    left_macs = float(
-      sum(n * math.prod(map(share, axes)) for n, axes in self.products)
+  def relative(self, plan: structure_lib.Plan) -> dict[str, float]:
+    """Costs by name, as `cost.relative` has them; bits may be real-valued."""
+    size: int | float = 0
+    left_macs = sum(
+      macs * self._left(axes, plan) for macs, axes in self.products
     )
-    bops = FLOAT_BITS**2 * left_macs
-    for path, macs, weights, into, out in self.rows:
-      kept = share(into) * share(out)
-      weight_bits = plan.weight_bits.get(path, FLOAT_BITS)
-      left_macs += macs * kept
-      bops += macs * kept * weight_bits * plan.act_bits.get(path, FLOAT_BITS)
-      size += weights * kept * weight_bits
+    bops: int | float = FLOAT_BITS**2 * left_macs
+    for path, macs, weights, axes in self.rows:
+      left = self._left(axes, plan)
+      weight_bits = _number(plan.weight_bits.get(path, FLOAT_BITS))
+      act_bits = _number(plan.act_bits.get(path, FLOAT_BITS))
+      left_macs += macs * left
+      bops += macs * left * (weight_bits * act_bits)
+      size += weights * left * weight_bits
     return {
-      'bops': bops / (FLOAT_BITS**2 * self.macs),
-      'macs': left_macs / self.macs,
-      'weights': size / max(FLOAT_BITS * self.weights, 1),
+      'bops': bops / (FLOAT_BITS**2 * self.macs * self.parts),
+      'macs': left_macs / (self.macs * self.parts),
+      'weights': size / (max(FLOAT_BITS * self.weights, 1) * self.parts),
     }
+
+
+def _channels_of(axes) -> int:
+  """How many combinations of channels several axes have."""
+  return math.prod(total for _, total in axes)
+
+
+def _number(bits) -> int | float:
+  """Bits as a number of Python, whose whole numbers have no largest one."""
+  return int(bits) if bits == int(bits) else float(bits)
