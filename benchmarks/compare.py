@@ -172,7 +172,8 @@ def table(runs: list[dict]) -> str:
   ).rstrip()
 
 
-def main():
+def arguments() -> argparse.ArgumentParser:
+  """What the command line takes."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--config', required=True)
   parser.add_argument('--set', action='append', default=[])
@@ -189,26 +190,43 @@ def main():
     help='where runs, and float models, are kept; interrupted, they go on',
   )
   parser.add_argument('--out', required=True, type=pathlib.Path)
-  args = parser.parse_args()
-  base = config_lib.load(args.config, args.set)
-  try:
-    rows = contestants.named(
-      base, args.budgets or [base.budget], args.two_stage_macs
-    )
-  except ValueError as error:
-    parser.error(str(error))
+  return parser
+
+
+def wanted_rows(base, args) -> dict[str, dict]:
+  """Name -> what changes in the config, of the contestants asked for.
+
+  Raises:
+    ValueError: names that say two things, or one that says nothing.
+  """
+  budgets = args.budgets or [base.budget]
+  rows = contestants.named(base, budgets, args.two_stage_macs)
   unknown = [name for name in args.only or () if name not in rows]
   if unknown:
     near = difflib.get_close_matches(unknown[0], rows, n=3)
-    parser.error(
+    raise ValueError(
       f'there is no contestant {unknown[0]!r} at these budgets'
       + (f'; near: {", ".join(near)}' if near else '')
     )
-  wanted = {
-    (name, seed): config_lib.change(base, seed=seed, **rows[name])
-    for seed in args.seeds
-    for name in rows
+  return {
+    name: fields
+    for name, fields in rows.items()
     if not args.only or name in args.only
+  }
+
+
+def main():
+  parser = arguments()
+  args = parser.parse_args()
+  base = config_lib.load(args.config, args.set)
+  try:
+    rows = wanted_rows(base, args)
+  except ValueError as error:
+    parser.error(str(error))
+  wanted = {
+    (name, seed): config_lib.change(base, seed=seed, **fields)
+    for seed in args.seeds
+    for name, fields in rows.items()
   }
   told = {key: result_files.settings(config) for key, config in wanted.items()}
   done = result_files.finished(args.out, ('contestant', 'seed'), told)

@@ -79,20 +79,15 @@ HEADLINES = {
   ],
   'MobileNetV2, CIFAR-10, 5 epochs': ['mobilenet_v2_cifar10'],
 }
+# Those of versions with other defaults than now.
+OLDER = {'resnet20_cifar10_5_epochs', 'mobilenet_v2_cifar10'}
 
 
 def headline() -> str:
   """DJPQ at each budget, the best two-stage there, the nearest uniform bits."""
   rows = []
   for task, names in HEADLINES.items():
-    groups: dict[str, list[dict]] = {}
-    for name in names:
-      groups = compare.grouped(result_files.read(name)['runs']) | groups
-    groups = {
-      contestant: good
-      for contestant, runs in groups.items()
-      if (good := [run for run in runs if 'error' not in run])
-    }
+    groups, older = _latest(names)
     bops = {n: _mean(runs, 'relative_bops') for n, runs in groups.items()}
     for contestant in sorted(groups, key=bops.__getitem__, reverse=True):
       runs = groups[contestant]
@@ -101,7 +96,9 @@ def headline() -> str:
         continue
       own = bops[contestant]
       floats = _mean(runs, 'float_accuracy')
-      cells = [task, f'{floats:.2%}', f'{own:.3%}', _accuracy(runs), '', '']
+      where = task + r' \*' * (contestant in older)
+      cells = [where, f'{floats:.2%}', f'{own:.3%}', _accuracy(runs)]
+      cells += ['not run', '']
       staged = [n for n in groups if _is_two_stage(n, found[1])]
       if staged:
         best = max(staged, key=lambda n: _mean(groups[n], 'accuracy'))
@@ -112,8 +109,24 @@ def headline() -> str:
         cells[5] = f'{near}: {_accuracy(groups[near])} at {bops[near]:.2%}'
       rows.append(cells)
   return compare.markdown(
-    'task | float32 | BOPs | DJPQ | two-stage | nearest uniform bits', rows
+    'task | float32 | relative BOPs | DJPQ | two-stage | nearest uniform bits',
+    rows,
   )
+
+
+def _latest(names: list[str]) -> tuple[dict[str, list[dict]], set[str]]:
+  """Each contestant's good runs of the first file that has it; who is older."""
+  groups: dict[str, list[dict]] = {}
+  older: set[str] = set()
+  for name in names:
+    runs = [
+      run for run in result_files.read(name)['runs'] if 'error' not in run
+    ]
+    found = compare.grouped(runs)
+    if name in OLDER:
+      older |= found.keys() - groups.keys()
+    groups = found | groups
+  return groups, older
 
 
 def _is_two_stage(name: str, budget: str) -> bool:

@@ -1,12 +1,14 @@
 """A whole experiment on images that stay on disk, as on those in memory."""
 
 import functools
+import json
 
 from flax import nnx
 import numpy as np
 import pictures
 import pytest
 
+from djpq_jax import cli
 from djpq_jax import config as config_lib
 from djpq_jax import experiment
 from djpq_jax import models
@@ -29,7 +31,7 @@ class Net(nnx.Module):
     return self.head(nnx.relu(self.conv(x)).mean((1, 2)))
 
 
-def test_it_learns_to_tell_dark_from_light(tmp_path, monkeypatch):
+def test_it_learns_to_tell_dark_from_light(tmp_path, monkeypatch, capsys):
   rng = np.random.default_rng(0)
   for split, count in (('train', 24), ('val', 9)):
     for c, name in enumerate(('dark', 'light')):
@@ -59,3 +61,9 @@ def test_it_learns_to_tell_dark_from_light(tmp_path, monkeypatch):
   assert report['float_accuracy'] == 1
   assert report['accuracy'] > 0.9
   assert report['relative_bops'] < 0.05
+
+  # Another set is cut to the size of the artifact's images.
+  evaluate = ['evaluate', '--artifact', str(tmp_path / 'run' / 'artifact')]
+  evaluate += ['--data', 'folder', '--data-dir', str(tmp_path), '--json']
+  assert cli.main(evaluate) == 0
+  assert json.loads(capsys.readouterr().out)['accuracy'] == report['accuracy']

@@ -38,8 +38,9 @@ def images(args, manifest):
     raise ValueError(
       f'{args.artifact} does not say what it was measured on; give --data'
     )
-  same = name == measured_on.get('data')
-  kwargs = measured_on.get('kwargs', {}) if same else {}
+  kwargs = measured_on.get('kwargs', {})
+  if name != measured_on.get('data'):
+    kwargs = _as_large(name, kwargs, manifest['input_shape'])
   _, split = data.load(name, data_dir=args.data_dir, **kwargs)
   shape = split.images.shape[1:]
   if list(shape) != manifest['input_shape']:
@@ -48,3 +49,18 @@ def images(args, manifest):
       f'but {name} has {shape}'
     )
   return split, name
+
+
+def _as_large(name, kwargs, shape):
+  """What another set is told, so that its images are those of an artifact.
+
+  Args:
+    name: of the set.
+    kwargs: what the set was told that the artifact was measured on.
+    shape: of the artifact's images.
+  """
+  told = {key: kwargs[key] for key in ('size', 'resize') if key in kwargs}
+  if len(shape) == 3 and shape[0] == shape[1]:
+    told.setdefault('size', shape[0])
+  known = data.arguments(name)
+  return {key: value for key, value in told.items() if key in known}

@@ -227,7 +227,7 @@ def load(
   """
   if name not in SOURCES:
     raise ValueError(f'no data source {name!r}{_hint(name, SOURCES)}')
-  known = set(inspect.signature(SOURCES[name]).parameters) - {'data_dir'}
+  known = arguments(name)
   for key in kwargs:
     if key not in known:
       hint = _hint(key, known) if known else ''
@@ -236,6 +236,17 @@ def load(
     return SOURCES[name](data_dir=data_dir, **kwargs)
   except TypeError as error:
     raise ValueError(f'{name} refuses {kwargs}: {error}') from error
+
+
+def arguments(name: str) -> set[str]:
+  """Names of what a source takes besides its folder; none if there is none.
+
+  >>> sorted(arguments('folder'))
+  ['min_area', 'resize', 'size', 'threads']
+  """
+  if name not in SOURCES:
+    return set()
+  return set(inspect.signature(SOURCES[name]).parameters) - {'data_dir'}
 
 
 def _hint(name, known):
