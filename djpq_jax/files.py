@@ -167,6 +167,7 @@ def to_write(folder: pathlib.Path, last: str) -> Iterator[pathlib.Path]:
     last: name of the file in it that comes last.
   """
   if not is_remote(folder):
+    folder = folder.resolve()  # a link stays one
     partial = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

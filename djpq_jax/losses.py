@@ -50,6 +50,7 @@ def gate_kl(model: compress.Compressed):
   The weights average to 1, so layers with large feature maps are pruned more
   [VIBNet's code weights groups like this].  float32 scalar, in nats.
   """
+  compress.check(model, 'gate_kl')
   if not len(model.gates):
     return jnp.zeros(())
   groups = [model.structure.graph.groups[g] for g in model.structure.gated]

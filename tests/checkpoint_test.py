@@ -266,6 +266,41 @@ def test_a_failed_save_leaves_the_older_artifact(artifact, monkeypatch):
   load(artifact)
 
 
+def test_files_of_others_are_not_deleted(tmp_path):
+  (tmp_path / 'src').mkdir()
+  (tmp_path / 'src' / 'thesis.py').write_text('a = 1')
+  with pytest.raises(ValueError, match='holds files that are no artifact'):
+    save(tmp_path)
+  file = tmp_path / 'src' / 'thesis.py'
+  with pytest.raises(ValueError, match='is a file; save into a folder'):
+    save(file)
+  assert [*tmp_path.rglob('*')] == [tmp_path / 'src', file]
+  assert file.read_text() == 'a = 1'
+
+
+def test_a_link_to_a_folder_stays_one(artifact, tmp_path):
+  link = tmp_path / 'link'
+  link.symlink_to(artifact)
+  (artifact / 'manifest.json').write_text('damaged')
+  save(link)
+  assert link.is_symlink()
+  load(artifact)
+
+
+def test_what_is_not_hardened_is_not_saved(artifact):
+  net = tiny.compressed(tiny.Normed)
+  frozen = compress.freeze(net, tiny.some_plan(net), tiny.batch(64)['image'])
+  with pytest.raises(TypeError, match='save takes a hardened model'):
+    checkpoint.save(
+      artifact,
+      frozen,
+      [],
+      model_spec={'name': 'normed', 'kwargs': {}},
+      input_shape=tiny.SHAPE,
+    )
+  load(artifact)  # the older one is still there
+
+
 def test_no_artifact(tmp_path):
   refused(tmp_path / 'nowhere', 'is no artifact: it has no manifest.json')
   (tmp_path / 'file').write_text('x')

@@ -20,7 +20,9 @@ from djpq_jax import compress
 from djpq_jax import cost
 from djpq_jax import evaluation
 from djpq_jax import harden
+from djpq_jax import integer
 from djpq_jax import layers
+from djpq_jax import losses
 from djpq_jax.ops import quantize
 
 # They run flax's batch norm.
@@ -440,3 +442,55 @@ def test_reports_are_plain_numbers():
 )
 def test_bits_of_kernels_are_those_of_twos_complement(lowest, largest, bits):
   assert harden.kernel_bits(np.array([[lowest], [largest]], np.int16)) == bits
+
+
+@pytest.mark.parametrize('kind', ['plain', 'hardened'])
+@pytest.mark.parametrize(
+  'call',
+  [
+    lambda model: harden.harden(model),
+    lambda model: compress.usage(model),
+    lambda model: losses.gate_kl(model),
+    lambda model: losses.relative_bops(model),
+    lambda model: allocate.plan(model, 0.01),
+    lambda model: allocate.uniform(model, 4, 4),
+    lambda model: compress.freeze(model, None, X),
+  ],
+)
+def test_what_trains_is_neither_plain_nor_hardened(kind, call):
+  model = tiny.Mlp(nnx.Rngs(0))
+  if kind == 'hardened':
+    net = compress.compress(model, (), tiny.batch(64)['image'])
+    plan = allocate.uniform(net, 4, 4)
+    frozen = compress.freeze(net, plan, tiny.batch(64)['image'])
+    model = harden.harden(frozen)
+  with pytest.raises(TypeError, match='takes a compressed model, from'):
+    call(model)
+
+
+@pytest.mark.parametrize('kind', ['plain', 'frozen'])
+@pytest.mark.parametrize(
+  'call', [lambda model: harden.count(model, X), integer.lower]
+)
+def test_only_what_is_hardened_is_counted_and_lowered(kind, call):
+  model = tiny.Mlp(nnx.Rngs(0))
+  if kind == 'frozen':
+    net = compress.compress(model, (), tiny.batch(64)['image'])
+    plan = allocate.uniform(net, 4, 4)
+    model = compress.freeze(net, plan, tiny.batch(64)['image'])
+  with pytest.raises(TypeError, match='takes a hardened model, from harden'):
+    call(model)
+
+
+def test_plans_that_are_none():
+  images = tiny.batch(64)['image']
+  net = compress.compress(tiny.Mlp(nnx.Rngs(0)), (), images)
+  with pytest.raises(TypeError, match='freeze takes a plan, as from'):
+    compress.freeze(net, images, images)
+  plan = allocate.uniform(net, 4, 4)
+  path = next(iter(plan.act_bits))
+  del plan.act_bits[path]
+  with pytest.raises(
+    ValueError, match=f'the plan has no bits for layer {path}'
+  ):
+    compress.freeze(net, plan, images)

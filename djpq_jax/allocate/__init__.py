@@ -50,6 +50,7 @@ def uniform(
   Raises:
     ValueError: bits that are within the bounds of no layer at all.
   """
+  compress.check(model, 'a plan')
   plan: dict[str, dict[str, int]] = {}
   for kind, bits in (('weight', weight_bits), ('act', act_bits)):
     bounds = {

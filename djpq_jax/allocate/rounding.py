@@ -30,8 +30,10 @@ def read(model: compress.Compressed) -> Search:
   """Reads bits and gates off a searched model.
 
   Raises:
+    TypeError: no compressed model.
     ValueError: the model is frozen, so there is nothing left to plan.
   """
+  compress.check(model, 'a plan')
   if model.structure.plan is not None:
     raise ValueError(
       'the model is frozen: its channels and bits are settled, as its '

@@ -81,10 +81,15 @@ def save(
     more: further JSON-ready facts for the manifest, as accuracy.
 
   Raises:
+    TypeError: the model is not hardened.
     ValueError: one of them is not what its name says, as accuracy='high', or
-      the model could not be read again, for what it takes.  Nothing is
-      written then.
+      the model could not be read again, for what it takes, or the folder
+      holds files that are no artifact.  Nothing is written then, and nothing
+      lost.
   """
+  harden.check(model, 'save')
+  here = files.absolute(files.path(folder))
+  _check_place(here)
   entries, arrays = contents.packed(
     model, {row.name: row.weight_bits for row in rows}
   )
@@ -115,10 +120,25 @@ def save(
     'arrays': entries,
     **({} if stated is None else {'arguments': stated}),
   }
-  with files.to_write(
-    files.absolute(files.path(folder)), manifest_lib.FILE_NAME
-  ) as partial:
+  with files.to_write(here, manifest_lib.FILE_NAME) as partial:
     _write(partial, manifest, index, arrays, code)
+
+
+def _check_place(folder: pathlib.Path) -> None:
+  """Refuses a file, and a folder with files that are no artifact."""
+  if folder.is_file():
+    raise ValueError(f'{folder} is a file; save into a folder of its own')
+  if not folder.is_dir():
+    return
+  ours = {'arrays', index_lib.FILE_NAME, program_lib.FILE_NAME}
+  found = {file.name for file in folder.iterdir()}
+  # A damaged artifact, or one whose last file is missing, may be replaced.
+  if found <= ours or {'arrays', manifest_lib.FILE_NAME} <= found:
+    return
+  raise ValueError(
+    f'{folder} holds files that are no artifact, which saving there would '
+    'delete; choose another folder'
+  )
 
 
 def _arguments(folder, model, input_shape):

@@ -28,6 +28,7 @@ from djpq_jax.compress.structure import open_masks as open_masks
 from djpq_jax.compress.structure import resolve as resolve
 from djpq_jax.compress.wrapped import Compressed as Compressed
 from djpq_jax.compress.wrapped import Hook as Hook
+from djpq_jax.compress.wrapped import check as check
 from djpq_jax.compress.wrapped import eval_view as eval_view
 from djpq_jax.compress.wrapped import hooks as hooks
 from djpq_jax.compress.wrapped import inputs_of as inputs_of

@@ -20,6 +20,7 @@ def usage(model: wrapped.Compressed) -> list[cost.LayerUse]:
 
   Products outside of layers, as in attention, count as 32 x 32 bits.
   """
+  wrapped.check(model, 'usage')
   structure = model.structure
   masks = structure_lib.open_masks(structure)
   keep: list[Any] = [np.float32(1)] * len(masks)

@@ -30,13 +30,25 @@ def freeze(
     means, now learned scales without noise; its quantizers keep their bits.
 
   Raises:
-    ValueError: the model is frozen already.
+    TypeError: no compressed model, or no plan.
+    ValueError: the model is frozen already, or the plan is another model's.
   """
+  wrapped.check(model, 'freeze')
+  if not isinstance(plan, structure_lib.Plan):
+    raise TypeError(
+      'freeze takes a plan, as from allocate.plan, after the model, not a '
+      f'{type(plan).__name__}'
+    )
   if model.structure.plan is not None:
     raise ValueError(
       'the model is frozen already, and its channels are no longer those that '
       'plans speak of; freeze the model that it was made of'
     )
+  for path, _, operands in wrapped.hooks(model):
+    if operands.weight is not None and not (
+      path in plan.weight_bits and path in plan.act_bits
+    ):
+      raise ValueError(f'the plan has no bits for layer {path}')
   structure = dataclasses.replace(model.structure, plan=plan)
   inner = graph_lib.slice_channels(
     model.model, structure.graph, dict(plan.open)

@@ -47,6 +47,23 @@ class Compressed(nnx.Module):
     return model(*args, **kwargs)
 
 
+def check(model, what: str) -> None:
+  """Refuses what is no compressed model, as a hardened or a plain one.
+
+  Args:
+    model: what was given.
+    what: was to be done with it.
+
+  Raises:
+    TypeError: says what was given instead.
+  """
+  if type(model) is not Compressed:
+    raise TypeError(
+      f'{what} takes a compressed model, from compress.compress or '
+      f'compress.freeze, not a {type(model).__name__}'
+    )
+
+
 class Hook(NamedTuple):
   """A layer that carries operands, with its path."""
 

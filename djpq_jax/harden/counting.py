@@ -38,7 +38,11 @@ def count(model: parts.HardenedModel, *args) -> list[LayerReport]:
   Returns:
     One report per layer in execution order; products outside of layers, as in
     attention, are rows of kind 'product' at 32 x 32 bits.
+
+  Raises:
+    TypeError: the model is not hardened.
   """
+  parts.check(model, 'count')
   dense = model.structure.graph
   traced = graph_lib.trace(model, *args)
   found = {path: (layer, ops_) for path, layer, ops_ in compress.hooks(model)}

@@ -20,9 +20,11 @@ def harden(model: compress.Compressed) -> parts.HardenedModel:
     A new model with integer kernels; its predictions are the frozen model's.
 
   Raises:
+    TypeError: no compressed model, or one that is hardened already.
     ValueError: the model still has channels and bits to settle, or a
       variable of it is not finite (named).
   """
+  compress.check(model, 'harden')
   if model.structure.plan is None:
     raise ValueError(
       'harden needs a model whose channels and bits are settled: freeze it '

@@ -101,8 +101,10 @@ def lower(
     `left_float` lists them.
 
   Raises:
+    TypeError: the model is not hardened.
     ValueError: the execution is unknown, or the model was lowered before.
   """
+  harden.check(model, 'lower')
   if execution not in EXECUTIONS:
     raise ValueError(
       f'no execution {execution!r}; there are {", ".join(EXECUTIONS)}'
