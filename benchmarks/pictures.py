@@ -41,7 +41,7 @@ class Picture(NamedTuple):
 
 PICTURES = {
   'digits_pareto': Picture(
-    'Digits: accuracy of three seeds, mean and standard deviation',
+    'Digits: accuracy, mean and standard deviation over seeds',
     ['digits', 'peers_digits'],
     OURS
     | {
