@@ -454,7 +454,6 @@ def test_bits_of_kernels_are_those_of_twos_complement(lowest, largest, bits):
     lambda model: losses.relative_bops(model),
     lambda model: allocate.plan(model, 0.01),
     lambda model: allocate.uniform(model, 4, 4),
-    lambda model: compress.freeze(model, None, X),
   ],
 )
 def test_what_trains_is_neither_plain_nor_hardened(kind, call):
@@ -485,6 +484,9 @@ def test_only_what_is_hardened_is_counted_and_lowered(kind, call):
 def test_plans_that_are_none():
   images = tiny.batch(64)['image']
   net = compress.compress(tiny.Mlp(nnx.Rngs(0)), (), images)
+  plain = tiny.Mlp(nnx.Rngs(0))
+  with pytest.raises(TypeError, match='freeze takes a compressed model, from'):
+    compress.freeze(plain, allocate.uniform(net, 4, 4), images)
   with pytest.raises(TypeError, match='freeze takes a plan, as from'):
     compress.freeze(net, images, images)
   plan = allocate.uniform(net, 4, 4)

@@ -33,16 +33,16 @@ def freeze(
     TypeError: no compressed model, or no plan.
     ValueError: the model is frozen already, or the plan is another model's.
   """
+  if isinstance(model, wrapped.Compressed) and model.structure.plan is not None:
+    raise ValueError(
+      'the model is frozen already, and its channels are no longer those that '
+      'plans speak of; freeze the model that it was made of'
+    )
   wrapped.check(model, 'freeze')
   if not isinstance(plan, structure_lib.Plan):
     raise TypeError(
       'freeze takes a plan, as from allocate.plan, after the model, not a '
       f'{type(plan).__name__}'
-    )
-  if model.structure.plan is not None:
-    raise ValueError(
-      'the model is frozen already, and its channels are no longer those that '
-      'plans speak of; freeze the model that it was made of'
     )
   for path, _, operands in wrapped.hooks(model):
     if operands.weight is not None and not (
