@@ -175,11 +175,12 @@ def reliability() -> str:
       relative = [run['relative_bops'] for run in good]
       mean = sum(accuracy) / len(accuracy)
       cells += [f'{a:.2%}' for a in (min(accuracy), mean, max(accuracy))]
+      cells.append(f'{100 * (mean - _mean(good, "float_accuracy")):+.2f}')
       cells += [f'{r:.4%}' for r in (max(relative), min(relative))]
-    rows.append(cells + [''] * (8 - len(cells)))
+    rows.append(cells + [''] * (9 - len(cells)))
   head = (
-    'contestant | seeds | failed | least accuracy | mean | best | BOPs, most '
-    '| least'
+    'contestant | seeds | failed | least accuracy | mean | best '
+    '| points above float32 | BOPs, most | least'
   )
   return compare.markdown(head, rows) + result_files.made(found)
 

@@ -444,6 +444,10 @@ def test_bits_of_kernels_are_those_of_twos_complement(lowest, largest, bits):
   assert harden.kernel_bits(np.array([[lowest], [largest]], np.int16)) == bits
 
 
+def plain():
+  return tiny.Mlp(nnx.Rngs(0))
+
+
 @pytest.mark.parametrize('kind', ['plain', 'hardened'])
 @pytest.mark.parametrize(
   'call',
@@ -457,12 +461,7 @@ def test_bits_of_kernels_are_those_of_twos_complement(lowest, largest, bits):
   ],
 )
 def test_what_trains_is_neither_plain_nor_hardened(kind, call):
-  model = tiny.Mlp(nnx.Rngs(0))
-  if kind == 'hardened':
-    net = compress.compress(model, (), tiny.batch(64)['image'])
-    plan = allocate.uniform(net, 4, 4)
-    frozen = compress.freeze(net, plan, tiny.batch(64)['image'])
-    model = harden.harden(frozen)
+  model = plain() if kind == 'plain' else build('flatten').hardened
   with pytest.raises(TypeError, match='takes a compressed model, from'):
     call(model)
 
@@ -472,21 +471,16 @@ def test_what_trains_is_neither_plain_nor_hardened(kind, call):
   'call', [lambda model: harden.count(model, X), integer.lower]
 )
 def test_only_what_is_hardened_is_counted_and_lowered(kind, call):
-  model = tiny.Mlp(nnx.Rngs(0))
-  if kind == 'frozen':
-    net = compress.compress(model, (), tiny.batch(64)['image'])
-    plan = allocate.uniform(net, 4, 4)
-    model = compress.freeze(net, plan, tiny.batch(64)['image'])
+  model = plain() if kind == 'plain' else build('flatten').frozen
   with pytest.raises(TypeError, match='takes a hardened model, from harden'):
     call(model)
 
 
 def test_plans_that_are_none():
   images = tiny.batch(64)['image']
-  net = compress.compress(tiny.Mlp(nnx.Rngs(0)), (), images)
-  plain = tiny.Mlp(nnx.Rngs(0))
+  net = compress.compress(plain(), (), images)
   with pytest.raises(TypeError, match='freeze takes a compressed model, from'):
-    compress.freeze(plain, allocate.uniform(net, 4, 4), images)
+    compress.freeze(plain(), allocate.uniform(net, 4, 4), images)
   with pytest.raises(TypeError, match='freeze takes a plan, as from'):
     compress.freeze(net, images, images)
   plan = allocate.uniform(net, 4, 4)

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from djpq_jax import compress
 from djpq_jax import files
 from djpq_jax import harden
 from djpq_jax import integer
@@ -87,7 +88,7 @@ def save(
       holds files that are no artifact.  Nothing is written then, and nothing
       lost.
   """
-  harden.check(model, 'save')
+  compress.check(model, 'save', hardened=True)
   here = files.absolute(files.path(folder))
   _check_place(here)
   entries, arrays = contents.packed(

@@ -33,22 +33,7 @@ def freeze(
     TypeError: no compressed model, or no plan.
     ValueError: the model is frozen already, or the plan is another model's.
   """
-  if isinstance(model, wrapped.Compressed) and model.structure.plan is not None:
-    raise ValueError(
-      'the model is frozen already, and its channels are no longer those that '
-      'plans speak of; freeze the model that it was made of'
-    )
-  wrapped.check(model, 'freeze')
-  if not isinstance(plan, structure_lib.Plan):
-    raise TypeError(
-      'freeze takes a plan, as from allocate.plan, after the model, not a '
-      f'{type(plan).__name__}'
-    )
-  for path, _, operands in wrapped.hooks(model):
-    if operands.weight is not None and not (
-      path in plan.weight_bits and path in plan.act_bits
-    ):
-      raise ValueError(f'the plan has no bits for layer {path}')
+  _check(model, plan)
   structure = dataclasses.replace(model.structure, plan=plan)
   inner = graph_lib.slice_channels(
     model.model, structure.graph, dict(plan.open)
@@ -93,6 +78,26 @@ def freeze(
       )
     )
   return frozen
+
+
+def _check(model, plan) -> None:
+  """Refuses what cannot be frozen, and a plan that is not one of the model."""
+  if isinstance(model, wrapped.Compressed) and model.structure.plan is not None:
+    raise ValueError(
+      'the model is frozen already, and its channels are no longer those that '
+      'plans speak of; freeze the model that it was made of'
+    )
+  wrapped.check(model, 'freeze')
+  if not isinstance(plan, structure_lib.Plan):
+    raise TypeError(
+      'freeze takes a plan, as from allocate.plan, after the model, not a '
+      f'{type(plan).__name__}'
+    )
+  for path, _, operands in wrapped.hooks(model):
+    if operands.weight is not None and not (
+      path in plan.weight_bits and path in plan.act_bits
+    ):
+      raise ValueError(f'the plan has no bits for layer {path}')
 
 
 def is_mid_rise(

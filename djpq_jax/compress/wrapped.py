@@ -15,6 +15,8 @@ from djpq_jax.compress import structure as structure_lib
 class Compressed(nnx.Module):
   """A model with gates and quantizers; called like the model it wraps."""
 
+  hardened = False  # whether it is one of integers, which trains no more
+
   def __init__(
     self,
     model,
@@ -47,21 +49,23 @@ class Compressed(nnx.Module):
     return model(*args, **kwargs)
 
 
-def check(model, what: str) -> None:
-  """Refuses what is no compressed model, as a hardened or a plain one.
+def check(model, what: str, *, hardened: bool = False) -> None:
+  """Refuses a model of another kind than is needed, as a plain one.
 
   Args:
     model: what was given.
     what: was to be done with it.
+    hardened: whether that needs a hardened model, or one that trains.
 
   Raises:
     TypeError: says what was given instead.
   """
-  if type(model) is not Compressed:
-    raise TypeError(
-      f'{what} takes a compressed model, from compress.compress or '
-      f'compress.freeze, not a {type(model).__name__}'
-    )
+  if isinstance(model, Compressed) and model.hardened == hardened:
+    return
+  wanted = 'a compressed model, from compress.compress or compress.freeze'
+  if hardened:
+    wanted = 'a hardened model, from harden.harden'
+  raise TypeError(f'{what} takes {wanted}, not a {type(model).__name__}')
 
 
 class Hook(NamedTuple):

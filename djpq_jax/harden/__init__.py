@@ -18,5 +18,4 @@ from djpq_jax.harden.parts import FixedQuantizer as FixedQuantizer
 from djpq_jax.harden.parts import HardenedModel as HardenedModel
 from djpq_jax.harden.parts import Scales as Scales
 from djpq_jax.harden.parts import bits_between as bits_between
-from djpq_jax.harden.parts import check as check
 from djpq_jax.harden.parts import kernel_bits as kernel_bits

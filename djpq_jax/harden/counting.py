@@ -42,7 +42,7 @@ def count(model: parts.HardenedModel, *args) -> list[LayerReport]:
   Raises:
     TypeError: the model is not hardened.
   """
-  parts.check(model, 'count')
+  compress.check(model, 'count', hardened=True)
   dense = model.structure.graph
   traced = graph_lib.trace(model, *args)
   found = {path: (layer, ops_) for path, layer, ops_ in compress.hooks(model)}

@@ -94,22 +94,7 @@ class Scales(nnx.Module):
 class HardenedModel(compress.Compressed):
   """A smaller model of integers; called like the model it came from."""
 
-
-def check(model, what: str) -> None:
-  """Refuses what is not hardened.
-
-  Args:
-    model: what was given.
-    what: was to be done with it.
-
-  Raises:
-    TypeError: says what was given instead.
-  """
-  if not isinstance(model, HardenedModel):
-    raise TypeError(
-      f'{what} takes a hardened model, from harden.harden, not a '
-      f'{type(model).__name__}'
-    )
+  hardened = True
 
 
 def bits_between(lowest: int, highest: int) -> int:

@@ -104,7 +104,7 @@ def lower(
     TypeError: the model is not hardened.
     ValueError: the execution is unknown, or the model was lowered before.
   """
-  harden.check(model, 'lower')
+  compress.check(model, 'lower', hardened=True)
   if execution not in EXECUTIONS:
     raise ValueError(
       f'no execution {execution!r}; there are {", ".join(EXECUTIONS)}'
