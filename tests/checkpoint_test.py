@@ -301,6 +301,33 @@ def test_what_is_not_hardened_is_not_saved(artifact):
   load(artifact)  # the older one is still there
 
 
+def test_rows_of_another_model_are_not_saved(artifact):
+  rows = harden.count(hardened(), X)
+  rows[0] = dataclasses.replace(rows[0], weight_bits=32)
+  said = f'rows are no count of this model, whose layer {rows[0].name} has'
+  with pytest.raises(ValueError, match=said):
+    checkpoint.save(
+      artifact,
+      hardened(),
+      rows,
+      model_spec={'name': 'normed', 'kwargs': {}},
+      input_shape=tiny.SHAPE,
+    )
+  load(artifact)
+
+
+def test_a_shape_with_the_batch_is_not_saved(tmp_path):
+  with pytest.raises(ValueError, match=r'has the shape .*, without the batch'):
+    checkpoint.save(
+      tmp_path / 'artifact',
+      hardened(),
+      harden.count(hardened(), X),
+      model_spec={'name': 'normed', 'kwargs': {}},
+      input_shape=X.shape,
+    )
+  assert not (tmp_path / 'artifact').exists()
+
+
 def test_no_artifact(tmp_path):
   refused(tmp_path / 'nowhere', 'is no artifact: it has no manifest.json')
   (tmp_path / 'file').write_text('x')

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import surgery_test
+import tiny
 
 from djpq_jax import allocate
 from djpq_jax import compress
@@ -916,6 +917,19 @@ def test_products_outside_of_layers_lose_channels_too():
 
 
 # -- freeze -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  'rules', [None, compress.Rule(pattern='*'), [{'pattern': '*'}], ['*']]
+)
+def test_rules_that_are_none(rules):
+  with pytest.raises(TypeError, match=r'^a rule is a|^rules are several Rules'):
+    tiny.compressed(tiny.Mlp, rules)
+
+
+def test_a_calibration_batch_without_examples():
+  with pytest.raises(ValueError, match='calibration batch has no examples'):
+    compress.compress(tiny.Mlp(nnx.Rngs(0)), x=np.zeros((0, *tiny.SHAPE)))
 
 
 def assert_costs_as_planned(net, frozen, plan, x):

@@ -485,6 +485,10 @@ def test_plans_that_are_none():
     compress.freeze(net, images, images)
   plan = allocate.uniform(net, 4, 4)
   path = next(iter(plan.act_bits))
+  for bits in (0, 3.5, 17):
+    odd = dataclasses.replace(plan, weight_bits=plan.weight_bits | {path: bits})
+    with pytest.raises(ValueError, match=f'{bits} bits, which are whole'):
+      compress.freeze(net, odd, images)
   del plan.act_bits[path]
   with pytest.raises(
     ValueError, match=f'the plan has no bits for layer {path}'

@@ -183,10 +183,10 @@ def _by_name(budget: Budget) -> Mapping[str, float]:
     what = f'no cost {unknown[0]!r}' if unknown else 'no budget'
     raise ValueError(f'there is {what}; known: {", ".join(cost.COSTS)}')
   for name, limit in budget.items():
-    if not 0 < limit < math.inf:  # nor is it NaN
+    if isinstance(limit, str) or not 0 < limit < math.inf:  # nor is it NaN
       raise ValueError(
         f'a budget of {cost.COSTS[name]} is a finite number above 0, a share '
-        f'of those of the float32 model, not {limit}'
+        f'of those of the float32 model, not {limit!r}'
       )
   return budget
 

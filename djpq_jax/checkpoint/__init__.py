@@ -89,6 +89,7 @@ def save(
       lost.
   """
   compress.check(model, 'save', hardened=True)
+  harden.check_rows(model, rows)
   here = files.absolute(files.path(folder))
   _check_place(here)
   entries, arrays = contents.packed(

@@ -38,7 +38,16 @@ def of(model: harden.HardenedModel, input_shape) -> Arguments:
     ValueError: `input_shape` is not that of the first array.
   """
   traced = model.structure.graph.arguments
-  if traced is None or _are_images(traced):
+  if traced is None:
+    return _images(input_shape)
+  if _are_images(traced):
+    ((images,), _) = traced
+    if len(images.shape) != 1 + len(input_shape):
+      raise ValueError(
+        f'input_shape is {tuple(input_shape)}, but an example that the model '
+        f'was compressed with has the shape {images.shape[1:]}, without the '
+        'batch'
+      )
     return _images(input_shape)
   arrays, _ = graph_lib.split_arrays(traced)
   first = next(x for x in arrays if x.shape)

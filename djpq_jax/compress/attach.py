@@ -63,6 +63,8 @@ def compress(
       'compress needs a batch of real inputs x, to calibrate activations on'
     )
   arrays, _ = graph_lib.split_arrays(args)
+  if any(leaf.shape and not leaf.shape[0] for leaf in arrays):
+    raise ValueError('the calibration batch has no examples')
   for leaf in arrays:
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
       continue

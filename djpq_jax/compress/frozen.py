@@ -98,6 +98,12 @@ def _check(model, plan) -> None:
       path in plan.weight_bits and path in plan.act_bits
     ):
       raise ValueError(f'the plan has no bits for layer {path}')
+    for bits in (plan.weight_bits.get(path, 1), plan.act_bits.get(path, 1)):
+      if bits != int(bits) or not 1 <= bits <= structure_lib.MAX_BITS:
+        raise ValueError(
+          f'the plan gives layer {path} {bits} bits, which are whole numbers '
+          f'from 1 to {structure_lib.MAX_BITS}'
+        )
 
 
 def is_mid_rise(

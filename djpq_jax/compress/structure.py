@@ -221,10 +221,16 @@ def resolve(
       level at zero.
 
   Raises:
+    TypeError: what should be rules is none.
     ValueError: a rule matches no layer, and the message lists the layers; or a
       layer is to be quantized whose kernel cannot become integers.
   """
+  if rules is None or isinstance(rules, Rule):
+    raise TypeError(f'rules are several Rules, as [Rule(...)], not {rules!r}')
   rules = tuple(rules)
+  for rule in rules:
+    if not isinstance(rule, Rule):
+      raise TypeError(f'a rule is a compress.Rule, not {rule!r}')
   unused = [
     rule.pattern
     for rule in rules

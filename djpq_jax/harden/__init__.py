@@ -9,6 +9,7 @@ sums.
 """
 
 from djpq_jax.harden.counting import LayerReport as LayerReport
+from djpq_jax.harden.counting import check_rows as check_rows
 from djpq_jax.harden.counting import count as count
 from djpq_jax.harden.counting import totals as totals
 from djpq_jax.harden.hardening import harden as harden

@@ -45,16 +45,11 @@ def count(model: parts.HardenedModel, *args) -> list[LayerReport]:
   compress.check(model, 'count', hardened=True)
   dense = model.structure.graph
   traced = graph_lib.trace(model, *args)
-  found = {path: (layer, ops_) for path, layer, ops_ in compress.hooks(model)}
+  bits = {hook.path: _bits(hook) for hook in compress.hooks(model)}
   rows = []
   for name, was in dense.layers.items():
     now = traced.layers[f'model/{name}']
-    layer, operands = found[name]
-    weight_bits = act_bits = compress.FLOAT_BITS
-    if isinstance(operands.weight, parts.Dequantizer):
-      odd = operands.weight.odd
-      weight_bits = parts.kernel_bits(layer.kernel[...], odd=odd)
-      act_bits = operands.act.bits()
+    weight_bits, act_bits = bits[name]
     rows.append(
       LayerReport(
         name=name,
@@ -75,6 +70,31 @@ def count(model: parts.HardenedModel, *args) -> list[LayerReport]:
   same = len(traced.products) == len(dense.products)
   pairs = zip(traced.products, dense.products if same else traced.products)
   return rows + [_product(now, was.macs) for now, was in pairs]
+
+
+def _bits(hook: compress.Hook) -> tuple[int, int]:
+  """Bits of a layer's kernel and of its input."""
+  _, layer, operands = hook
+  if not isinstance(operands.weight, parts.Dequantizer):
+    return compress.FLOAT_BITS, compress.FLOAT_BITS
+  weight_bits = parts.kernel_bits(layer.kernel[...], odd=operands.weight.odd)
+  return weight_bits, operands.act.bits()
+
+
+def check_rows(model: parts.HardenedModel, rows: list[LayerReport]) -> None:
+  """Refuses rows that are no count of a model.
+
+  Raises:
+    ValueError: says in which layer they differ.
+  """
+  counted = {row.name: (row.weight_bits, row.act_bits) for row in rows}
+  for hook in compress.hooks(model):
+    bits = _bits(hook)
+    if counted.get(hook.path) != bits:
+      raise ValueError(
+        f'the rows are no count of this model, whose layer {hook.path} has '
+        f'{bits[0]} x {bits[1]} bits; give what harden.count says of it'
+      )
 
 
 def _product(product: graph_lib.Product, float_macs: int) -> LayerReport:
