@@ -927,6 +927,44 @@ def test_rules_that_are_none(rules):
     tiny.compressed(tiny.Mlp, rules)
 
 
+class Ensemble(nnx.Module):
+  """Three heads in one, mapped over with nnx.vmap."""
+
+  def __init__(self, rngs):
+    self.first = nnx.Linear(8, 6, rngs=rngs)
+    self.second = nnx.Linear(6, 6, rngs=rngs)
+
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap
+    def heads(rngs):
+      return nnx.Linear(6, 4, rngs=rngs)
+
+    self.heads = heads(rngs)
+
+  def __call__(self, x):
+    x = nnx.relu(self.second(nnx.relu(self.first(x))))
+    run = nnx.vmap(lambda head, x: head(x), in_axes=(0, None))
+    return run(self.heads, x).mean(0)
+
+
+def test_layers_that_are_mapped_over():
+  x = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
+  model = Ensemble(nnx.Rngs(0))
+  with pytest.raises(
+    ValueError, match='heads/kernel has the kernels of several'
+  ):
+    compress.compress(model, x=x)
+  rule = compress.Rule(pattern='heads', quantize=False, prune=False)
+  net = compress.compress(model, [rule], x)
+  reasons = {group.name: group.reason for group in net.structure.groups}
+  assert not reasons['first']
+  assert 'read by several layers at once, as heads' in reasons['second']
+  np.testing.assert_allclose(net(x), model(x), atol=0.05)
+  noisy = net(x, gate_key=jax.random.key(0))
+  assert noisy.shape == (5, 4)
+  assert np.isfinite(noisy).all()
+
+
 def test_a_calibration_batch_without_examples():
   with pytest.raises(ValueError, match='calibration batch has no examples'):
     compress.compress(tiny.Mlp(nnx.Rngs(0)), x=np.zeros((0, *tiny.SHAPE)))

@@ -97,7 +97,11 @@ class Interpreter:
     inputs, kernel = operands
     self.ledger.read.update(inputs.params)
     self.ledger.kernels.setdefault(layer, set()).update(kernel.params)
-    self.ledger.ranks[layer] = len(kernel.shape)
+    self.ledger.ranks[layer] = eqn.params['rank']
+    if eqn.params['rank'] < len(kernel.shape):
+      # A gate's values would be mapped with the kernels.
+      for axis in inputs.axes:
+        self.units.freeze(axis, f'read by several layers at once, as {layer}')
     tagged = []
     roles = (('inputs', eqn.params['mapped']), ('kernel', ()))
     for x, (role, mapped) in zip(operands, roles, strict=True):

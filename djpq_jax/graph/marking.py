@@ -15,17 +15,17 @@ mark_p.multiple_results = True
 
 
 @mark_p.def_abstract_eval
-def _mark_abstract(inputs, kernel, *, layer, mapped):
-  del layer, mapped
+def _mark_abstract(inputs, kernel, *, layer, mapped, rank):
+  del layer, mapped, rank
   return [inputs, kernel]
 
 
-def _mark_batch(args, dims, *, layer, mapped):
+def _mark_batch(args, dims, *, layer, mapped, rank):
   """Under `jax.vmap` the inputs have an axis that the layer does not see."""
   axis = dims[0]
   if isinstance(axis, int):  # else only the kernel has
     mapped = (axis, *(d + (d >= axis) for d in mapped))
-  return mark_p.bind(*args, layer=layer, mapped=mapped), dims
+  return mark_p.bind(*args, layer=layer, mapped=mapped, rank=rank), dims
 
 
 batching.primitive_batchers[mark_p] = _mark_batch
@@ -42,7 +42,9 @@ class Marker(nnx.Module):
   def __call__(self, args, **kwargs):
     """Promotes as before, then marks inputs and kernel."""
     inputs, kernel, *rest = self.promote(args, **kwargs)
-    inputs, kernel = mark_p.bind(inputs, kernel, layer=self.layer, mapped=())
+    inputs, kernel = mark_p.bind(
+      inputs, kernel, layer=self.layer, mapped=(), rank=kernel.ndim
+    )
     return (inputs, kernel, *rest)
 
 
