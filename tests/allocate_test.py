@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 
 import chex
 from flax import nnx
@@ -241,6 +242,13 @@ def test_a_budget_out_of_reach_says_how_far_it_goes(choices):
   allocate.check_reachable(net, least, choices)
   with pytest.raises(ValueError, match='cannot be reached'):
     allocate.plan(net, 0.999 * least, choices)
+
+
+@pytest.mark.parametrize('choices', [4, '248', (2.5, 4), [[2, 4]]])
+def test_choices_are_whole_numbers(choices):
+  message = rf'choices are whole numbers .*, not {re.escape(repr(choices))}'
+  with pytest.raises(ValueError, match=message):
+    allocate.plan(shared('digits_cnn'), 0.02, choices)
 
 
 @pytest.mark.parametrize('name', MODELS)

@@ -124,6 +124,15 @@ def refused(folder, message, kind=tiny.Normed):
   assert str(folder) in text
 
 
+def test_facts_may_be_numbers_of_arrays(tmp_path):
+  save(tmp_path / 'a', accuracy=np.float32(0.5), per_class=jnp.arange(3))
+  manifest = checkpoint.read_manifest(tmp_path / 'a')
+  assert (manifest['accuracy'], manifest['per_class']) == (0.5, [0, 1, 2])
+  with pytest.raises(ValueError, match='its made_by is nothing that JSON can'):
+    save(tmp_path / 'b', made_by=object())
+  assert not (tmp_path / 'b').exists()
+
+
 def test_round_trip_is_exact(saved):
   model = load(saved)
   assert isinstance(model, harden.HardenedModel)

@@ -274,6 +274,7 @@ def test_producers_of_one_group_agree_on_the_least_common_multiple():
     (dict(weight_bits=(4,)), 'weight_bits'),
     (dict(act_bits=(0, 8)), 'act_bits.*1 <= min'),
     (dict(act_bits=(2, float('nan'))), 'act_bits'),
+    (dict(weight_bits=(2.5, 2.7)), r'a whole number within, got \(2.5, 2.7\)'),
     (dict(weight_bits=8), r'weight_bits .* must be \(min, max\) .*, got 8'),
     (dict(weight_bits='48'), "weight_bits .*, got '48'"),
     (dict(act_bits=('a', 8)), r"act_bits .*, got \('a', 8\)"),
@@ -623,6 +624,26 @@ def test_arguments_by_name_have_noise_too():
     np.testing.assert_array_equal(got, want)
   with pytest.raises(ValueError, match='no array argument'):
     net(train=False, gate_key=key)
+
+
+@standard_promotion
+@pytest.mark.parametrize('dtype', ['uint8', 'bool'])
+def test_integers_are_promoted_as_layers_do_it(dtype):
+  images = np.random.default_rng(0).integers(0, 255, (8, 8)).astype(dtype)
+
+  def made(images):
+    model = graph_test.Net(
+      lambda m, x: m.head(nnx.relu(m.stem(x))),
+      stem=nnx.Linear(8, 6, rngs=nnx.Rngs(0)),
+      head=nnx.Linear(6, 4, rngs=nnx.Rngs(1)),
+    )
+    net = compress.compress(model, (), images)
+    frozen = compress.freeze(net, allocate.plan(net, 0.05), images)
+    return [model, net, frozen, harden.harden(frozen)]
+
+  floats = images.astype('float32')
+  for model, other in zip(made(images), made(floats)):
+    np.testing.assert_array_equal(model(images), other(floats))
 
 
 @standard_promotion

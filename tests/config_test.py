@@ -292,7 +292,8 @@ def test_rules_are_checked():
   [
     (
       '"weight_bits": 8',
-      'must be (min, max) with 1 <= min <= max <= 16, got 8',
+      'must be (min, max) with 1 <= min <= max <= 16, a whole number within, '
+      'got 8',
     ),
     ('"align": "a"', "must be a whole number, at least 1, got 'a'"),
     ('"align": 2.5', 'must be a whole number, at least 1, got 2.5'),

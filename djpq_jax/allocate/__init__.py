@@ -137,7 +137,8 @@ def plan(
 
   Raises:
     ValueError: the budget is out of reach (the message says how far it goes)
-      or no finite number above 0, or the model is frozen already.
+      or no finite number above 0, the choices are no whole numbers, or the
+      model is frozen already.
   """
   if budget is None:
     return rounding.Rounder(model, choices, {'bops': 1.0}).at(0.0)

@@ -1,6 +1,6 @@
 """What a search found, and the plan that it is at any slack."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import dataclasses
 
 import numpy as np
@@ -67,6 +67,8 @@ class Rounder:
     self.moved = counted_bits(budgets)
     self.found = read(model)
     self.structure = model.structure
+    if choices is not None:
+      choices = _whole(choices)
     self.allowed = {}
     for path, _, operands in compress.hooks(model):
       if operands.weight is None:
@@ -145,6 +147,22 @@ class Rounder:
         edge = -self.found.log_alpha[name][added].min() / LOG_ALPHA_PER_BIT
         changed = dict(plan.open) | {name: more}
         yield edge, dataclasses.replace(plan, open=changed)
+
+
+def _whole(choices) -> list[int]:
+  """The choices, if they are whole numbers.
+
+  Raises:
+    ValueError: they are not.
+  """
+  many = isinstance(choices, Iterable) and not isinstance(choices, str)
+  bits = np.asarray(list(choices) if many else choices)
+  if bits.ndim != 1 or bits.dtype.kind not in 'iuf' or np.any(bits % 1):
+    raise ValueError(
+      'choices are whole numbers of bits, for example (2, 4, 8), not '
+      f'{choices!r}'
+    )
+  return [int(b) for b in bits]
 
 
 def allowed_bits(bounds, choices, path, kind) -> np.ndarray:

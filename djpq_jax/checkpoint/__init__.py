@@ -79,7 +79,8 @@ def save(
     input_shape: of one example, as (8, 8, 1); where the model takes several
       arrays, that of the first.  Dtypes and the other arguments are those
       that it was compressed with.
-    more: further JSON-ready facts for the manifest, as accuracy.
+    more: further facts for the manifest, as accuracy: what JSON can hold, and
+      arrays and their numbers.
 
   Raises:
     TypeError: the model is not hardened.
@@ -99,7 +100,7 @@ def save(
   code, reason = program_lib.serialized(model, arguments)
   if code is None:  # else it was called with them
     _refuse(folder, arguments_lib.problem(model, arguments))
-  manifest = {
+  facts = {
     'format': manifest_lib.FORMAT,
     'version': manifest_lib.VERSION,
     'model': dict(model_spec),
@@ -114,6 +115,7 @@ def save(
     'float_layers': integer.left_float(model),
     'program': reason or program_lib.FILE_NAME,
   }
+  manifest = _plain(folder, facts)
   _refuse(folder, manifest_lib.problem(manifest | {'sha256': ''}))
   index = {
     'inputs': contents.inputs(model),
@@ -148,6 +150,13 @@ def _arguments(folder, model, input_shape):
   try:
     arguments = arguments_lib.of(model, input_shape)
     return arguments, arguments_lib.to_json(arguments)
+  except ValueError as error:
+    raise ValueError(f'{folder} cannot be written: {error}') from error
+
+
+def _plain(folder, facts: Mapping[str, Any]) -> dict[str, Any]:
+  try:
+    return manifest_lib.plain(facts)
   except ValueError as error:
     raise ValueError(f'{folder} cannot be written: {error}') from error
 
@@ -285,8 +294,7 @@ def _read(folder) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
       return manifest, _read_arrays(here / 'arrays')
     except Exception as error:  # orbax and tensorstore raise many kinds
-      if isinstance(error, OSError) and files.may_pass(error):
-        raise
+      files.raise_if_it_may_pass(error)
       raise ArtifactError(
         f'{folder}/arrays is damaged: {files.first_line(error)}'
       ) from error

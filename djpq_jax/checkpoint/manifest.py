@@ -6,6 +6,9 @@ import json
 import pathlib
 from typing import Any
 
+import jax
+import numpy as np
+
 from djpq_jax import files
 from djpq_jax.checkpoint import index
 from djpq_jax.checkpoint import program
@@ -75,6 +78,30 @@ def read(folder) -> dict[str, Any]:
   if fault:
     raise ArtifactError(f'{path} is damaged: {fault}')
   return manifest
+
+
+def plain(facts: Mapping[str, Any]) -> dict[str, Any]:
+  """Facts as JSON holds them; arrays become lists, or numbers.
+
+  Raises:
+    ValueError: says what JSON cannot hold.
+  """
+  held = {}
+  for name, value in facts.items():
+    try:
+      text = json.dumps(value, allow_nan=False, default=_listed)
+    except (TypeError, ValueError) as error:
+      raise ValueError(
+        f'its {name} is nothing that JSON can hold: {str(value)[:80]}'
+      ) from error
+    held[name] = json.loads(text)
+  return held
+
+
+def _listed(value: Any) -> Any:
+  if isinstance(value, np.generic | np.ndarray | jax.Array):
+    return np.asarray(value).tolist()
+  raise TypeError
 
 
 def problem(manifest: Mapping[str, Any]) -> str:

@@ -80,7 +80,8 @@ class Rule:
       raise ValueError(f'a pattern must be text, got {self.pattern!r}')
     for name in ('weight_bits', 'act_bits'):
       right = _are_bounds(getattr(self, name))
-      self._check(name, right, f'(min, max) with 1 <= min <= max <= {MAX_BITS}')
+      what = f'(min, max) with 1 <= min <= max <= {MAX_BITS}'
+      self._check(name, right, f'{what}, a whole number within')
     for name in ('align', 'min_channels'):
       value = getattr(self, name)
       whole = _is_a(numbers.Integral, value) and value >= 1
@@ -104,7 +105,9 @@ def _are_bounds(bits: Any) -> bool:
     return False
   if not all(_is_a(numbers.Real, b) for b in bits):
     return False
-  return 1 <= bits[0] <= bits[1] <= MAX_BITS
+  if not 1 <= bits[0] <= bits[1] <= MAX_BITS:
+    return False
+  return math.ceil(bits[0]) <= bits[1]  # a plan has whole bits
 
 
 def _is_a(kind: type, value: Any) -> bool:

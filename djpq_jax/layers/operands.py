@@ -102,6 +102,9 @@ class Operands(nnx.Module):
 
   def entering(self, inputs):
     """What is quantized next: the inputs, gated; `INPUTS` sees it."""
+    if not jnp.issubdtype(jnp.result_type(inputs), jnp.inexact):
+      # Layers take integers and promote them; images of bytes are such.
+      inputs = jnp.asarray(inputs, jnp.float32)
     with jax.named_scope('gate'):
       inputs = self._gated(inputs)
     INPUTS.see(self.name, inputs)
