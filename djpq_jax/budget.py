@@ -9,13 +9,13 @@ and bits.
 
 from collections.abc import Mapping
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 SHARPNESS = 20.0  # of the maximum over budgets
-LOG_STRENGTH_RANGE = (np.log(1e-4), np.log(10.0))
+LOG_STRENGTH_RANGE = (math.log(1e-4), math.log(10.0))
 
 
 def tightest(relative: Mapping[str, jax.Array], budgets: Mapping[str, float]):
@@ -83,17 +83,19 @@ class Controller:
 
   def init(self) -> Control:
     """Returns the state before the first step."""
-    strength = jnp.asarray(np.log(self.initial_strength), jnp.float32)
+    strength = jnp.float32(math.log(self.initial_strength))
     return Control(log_strength=strength)
 
   def target(self, step):
     """Relative cost aimed at in `step`."""
+    step = jnp.asarray(step, jnp.float32)
     done = jnp.minimum(step / max(self.ramp * self.steps, 1.0), 1.0)
-    low, high = np.log(self.budget), np.log(max(self.start, self.budget))
+    low, high = math.log(self.budget), math.log(max(self.start, self.budget))
     return jnp.exp(high + (low - high) * done)
 
   def update(self, control: Control, step, relative):
     """Returns (strength for this step, the next state)."""
+    relative = jnp.asarray(relative, jnp.float32)  # with 64 bits on, too
     error = jnp.log(relative / self.target(step))
     error = jax.lax.stop_gradient(jnp.clip(error, -1.0, 1.0))
     total = control.log_strength + self.integral / self.steps * error

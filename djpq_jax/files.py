@@ -135,6 +135,12 @@ def may_pass(error: OSError) -> bool:
   return error.errno not in _LASTING
 
 
+def raise_if_it_may_pass(error: Exception) -> None:
+  """Raises an error again that says nothing of the file it came from."""
+  if isinstance(error, OSError) and may_pass(error):
+    raise error
+
+
 def first_line(error: Exception) -> str:
   """What an error of whatever reads a file says, for a sentence about it."""
   return (str(error).splitlines() or [type(error).__name__])[0]

@@ -34,6 +34,17 @@ def _run(controller, *, gain, pull=0.0):
   return jax.lax.scan(advance, (controller.init(), start), steps)[1]
 
 
+def test_its_state_stays_float32_with_64_bits_on():
+  with jax.enable_x64(True):
+    controller = _controller()
+    control = controller.init()
+    strength, after = controller.update(
+      control, jnp.int32(3), jnp.float64(0.05)
+    )
+  dtypes = [x.dtype for x in (*jax.tree.leaves((control, after)), strength)]
+  assert dtypes == [jnp.float32] * 3
+
+
 @pytest.mark.parametrize('target', [0.02, 0.002])
 @pytest.mark.parametrize('gain', [0.02, 0.2, 2.0])
 @pytest.mark.parametrize('pull', [0.004, 0.02])

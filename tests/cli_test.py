@@ -765,6 +765,23 @@ def test_faults_that_a_restart_may_mend(
   assert printed.count('\n') == 1
 
 
+def test_a_fault_before_a_run_goes_on_may_be_mended(
+  config, tmp_path, capsys, monkeypatch
+):
+  """Such a run was claimed when it began, however early this comes."""
+
+  def broken(*args, ready, **kwargs):
+    if not (tmp_path / 'run').exists():
+      ready()
+    raise OSError(errno.EIO, 'I/O error')
+
+  monkeypatch.setattr(experiment, 'run', broken)
+  args = ['train', '--config', config, '--workdir', str(tmp_path / 'run')]
+  assert [cli.main(args) for _ in range(2)] == [1, 1]
+  said = capsys.readouterr().err.splitlines()
+  assert said == ['djpq: I/O error; the same command goes on'] * 2
+
+
 def test_debug_shows_the_traceback(tmp_path):
   with pytest.raises(ValueError, match='neither a file nor'):
     cli.main(['--debug', 'inspect', '--config', str(tmp_path / 'none.py')])

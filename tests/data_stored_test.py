@@ -2,6 +2,7 @@
 
 import errno
 import json
+import pathlib
 import pickle
 import shutil
 import subprocess
@@ -288,6 +289,20 @@ def test_a_disk_that_fails_damages_nothing(split):
   split.images.__dict__['source'] = Source()
   with pytest.raises(OSError, match='Input/output error'):
     split.images.example(0)
+
+
+def test_a_disk_that_fails_while_a_set_is_opened(split, monkeypatch, tmp_path):
+  def fails(*args, **kwargs):
+    raise OSError(errno.EIO, 'Input/output error')
+
+  path = folders.labels_path(tmp_path, 'train')
+  np.save(path, np.zeros(3, int))
+  monkeypatch.setattr(pathlib.Path, 'read_text', fails)
+  monkeypatch.setattr(np, 'load', fails)
+  with pytest.raises(OSError, match='Input/output error'):
+    folders.facts(split.images.folder)
+  with pytest.raises(OSError, match='Input/output error'):
+    folders.read_labels(tmp_path, 'train', 3)
 
 
 def damage(home, tmp_path, name, keep):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
+from djpq_jax import allocate
 from djpq_jax import checkpoint
 from djpq_jax import compress
 from djpq_jax import config as config_lib
@@ -135,6 +136,29 @@ def test_budgets_of_other_costs(config, tmp_path, budgets):
   last = [row for row in report['history'] if row['phase'] == 'search'][-1]
   found = [last[f'relative_{k}'] / limit for k, limit in budgets.items()]
   assert max(found) < 1.5
+
+
+def test_a_budget_that_training_has_put_out_of_reach(config, tmp_path):
+  """A kernel with zeros takes two bits, which a fresh one did not."""
+  rules = ({'pattern': '*', 'weight_bits': (1, 8), 'prune': False},)
+  config = config_lib.change(config, rules=rules)
+  trained = tiny.make(tiny.Normed)
+  run = setting.prepare(config)
+  least = allocate.reachable(phases.compressed(run, trained))
+  trained.head.kernel[...] = trained.head.kernel[...].at[:, 0].set(0.0)
+  config = config_lib.change(config, budget=1.01 * least)
+  with pytest.raises(ValueError, match=r'cannot be reached: .* are left'):
+    experiment.run(config, tmp_path / 'run', trained=trained)
+
+
+def test_the_best_of_many_processes_needs_checkpoints(
+  config, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(experiment, '_prepared', lambda *_: (None, None, None))
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  config = config_lib.change(config, keep_best=True)
+  with pytest.raises(ValueError, match='keep_best needs checkpoints that all'):
+    experiment.run(config, tmp_path, trained=tiny.make(tiny.Normed))
 
 
 @pytest.mark.parametrize('method', ['djpq', 'two_stage'])

@@ -97,6 +97,18 @@ def test_pmap_step_is_the_literal_pmap(mesh):
   close(metrics, first(expected_metrics), 1e-5)
 
 
+def test_pmap_step_of_a_search_for_channels_alone(mesh):
+  """No layer has bits, whose mean is among the metrics."""
+  rules = [compress.Rule(pattern='*', quantize=False)]
+  model = compress.compress(tiny.make(tiny.Mlp), rules, tiny.batch(64)['image'])
+  objective = train.Objective(strength=0.05, noisy=True)
+  state = train.init(model, objective, optax.sgd(0.1))
+  wrapped = parallel.pmap_step(train.train_step, mesh)
+  _, metrics = after_one_step(wrapped, state, tiny.batch(32), mesh)
+  assert float(metrics['mean_weight_bits']) == 0
+  assert np.isfinite(float(metrics['loss']))
+
+
 @pytest.mark.parametrize('accumulate', [1, 2])
 def test_pmap_step_draws_other_dropout_on_each_device(accumulate):
   """Two halves that are equal are not dropped out alike; the state is one."""
@@ -302,7 +314,8 @@ with tiny.registered():
 
 
 AGREE = """
-import sys
+import dataclasses, os, signal, sys, time
+sys.path.insert(0, sys.argv[4])
 import jax, jax.numpy as jnp, numpy as np
 from djpq_jax import parallel
 index = int(sys.argv[2])
@@ -327,16 +340,37 @@ try:
   parallel.agreed(np.zeros(2 + index))
 except ValueError as error:
   print(error)
+
+# One is told to stop right after a save, whose number is that of a step in its
+# phase, where others were before it.
+import optax, tiny
+from djpq_jax import train
+state = train.init(tiny.make(tiny.Mlp), train.Objective(), optax.sgd(0.1))
+state = dataclasses.replace(state, step=jnp.int32(5))
+preemption = parallel.Preemption()
+assert not any(preemption.seen() for _ in range(30))
+with train.Checkpoints(sys.argv[3]) as checkpoints:
+  checkpoints.save(parallel.replicate(state, parallel.mesh()), [])
+if index:
+  os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(3)  # as long as it takes to compile the next phase, say
+steps = 1
+while not preemption.seen() and steps < 100:
+  parallel.wait('step')
+  steps += 1
+print('stopped at', steps)
 """
 
 
-def test_processes_agree_on_what_the_first_holds():
+def test_processes_agree_on_what_the_first_holds_and_when_to_stop(tmp_path):
+  here = str(pathlib.Path(__file__).parent)
+  arguments = [str(tmp_path / 'checkpoints'), here]
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
   processes = [
     subprocess.Popen(
-      [sys.executable, '-c', AGREE, str(port), str(index)],
+      [sys.executable, '-c', AGREE, str(port), str(index), *arguments],
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,
@@ -344,10 +378,15 @@ def test_processes_agree_on_what_the_first_holds():
     )
     for index in range(2)
   ]
+  found = []
   for process in processes:
-    printed = process.communicate(timeout=120)[0]
+    printed = process.communicate(timeout=300)[0]
     assert process.returncode == 0, printed
     assert 'the processes hold arrays of other shapes' in printed
+    found.append(printed.splitlines()[-1])
+  assert found[0] == found[1]
+  assert found[0].startswith('stopped at')
+  assert found[0] != 'stopped at 100'
 
 
 class Cluster:
@@ -360,8 +399,8 @@ class Cluster:
     with socket.socket() as free:
       free.bind(('localhost', 0))
       port = free.getsockname()[1]
-    sets = 'step.devices=2 checkpoint_every=4 float.epochs=0 search.epochs=20 '
-    sets += 'finetune.epochs=2 evaluate_every=1 validation=0.2 keep_best=True'
+    sets = 'step.devices=2 checkpoint_every=4 float.epochs=0 search.epochs=8 '
+    sets += 'finetune.epochs=2 evaluate_every=2 validation=0.2 keep_best=True'
     command = [sys.executable, '-c', program, '--config', 'tiny.py']
     command += [f for s in sets.split() for f in ('--set', s)]
     command += ['--workdir', workdir, '--coordinator', f'localhost:{port}']
@@ -395,7 +434,7 @@ class Cluster:
   def ended(self):
     """The exit statuses and what was printed."""
     try:
-      printed = [p.communicate(timeout=120)[0] for p in self.processes]
+      printed = [p.communicate(timeout=300)[0] for p in self.processes]
     finally:
       for process in self.processes:
         process.kill()

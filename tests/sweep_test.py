@@ -52,6 +52,25 @@ def test_points_are_reports_of_one_float_model(swept):
   assert (swept / 'pareto.png').stat().st_size > 10_000
 
 
+def test_a_budget_that_fails_hides_no_other(
+  swept, command, tmp_path, monkeypatch, capsys
+):
+  home = shutil.copytree(swept, tmp_path / 'sweep')
+  (home / 'sweep.json').unlink()
+
+  def broken(*args, **kwargs):
+    raise train.TrainingError('all of it is gone')
+
+  monkeypatch.setattr(experiment, 'run', broken)
+  args = ['--workdir', str(home), '--budgets', '0.05,0.02,0.01']
+  assert cli.main([*command, *args]) == 2
+  printed = capsys.readouterr()
+  assert 'djpq: all of it is gone\n' in printed.err
+  assert 'float accuracy' in printed.out
+  points = json.loads((home / 'sweep.json').read_text())['points']
+  assert [p['budget'] for p in points] == [0.05, 0.02]
+
+
 def test_a_point_is_what_train_gives(swept, command, tmp_path):
   """Sharing the float training changes no bit."""
   args = ['--workdir', str(tmp_path / 'run'), '--set', 'budget=0.02']

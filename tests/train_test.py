@@ -456,6 +456,17 @@ def with_weight(state, path, value):
   return state
 
 
+def test_a_step_keeps_all_dtypes_with_64_bits_on():
+  """Else the next one is compiled anew, and no checkpoint fits."""
+  with jax.enable_x64(True):
+    before = searching(0.02)
+    after, _ = jax.eval_shape(train.train_step, before, tiny.batch())
+  dtypes = lambda tree: jax.tree.map(lambda leaf: leaf.dtype, tree)
+  assert jax.tree.leaves_with_path(dtypes(after)) == (
+    jax.tree.leaves_with_path(dtypes(before))
+  )
+
+
 def test_bad_weights_stop_the_run_and_are_named(search):
   broken = with_weight(search, 'model/hidden/kernel', np.nan)
   with pytest.raises(train.TrainingError, match='variable model/hidden/kernel'):

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import pathlib
 from typing import Any
 
 import jax
@@ -80,17 +79,18 @@ def _run(args) -> None:
   if parallel.is_first():
     home.claim(overwrite=args.overwrite)
   parallel.wait('claimed the sweep')
-  with training.stopping() as stop:
-    points = _points(args.budgets, base, home, console, stop)
-  if parallel.is_first():
-    points += _earlier(home, base, {point['folder'] for point in points})
-    points.sort(key=lambda point: -point['budget'])
-    _finish(points, home.path, console)
-
-
-def _points(budgets, base, home, console, stop) -> list[dict[str, Any]]:
-  """Runs all budgets, or what is left of them."""
   points: list[dict[str, Any]] = []
+  try:
+    with training.stopping() as stop:
+      _run_all(args.budgets, base, home, console, stop, points)
+  except (train.TrainingError, ValueError):  # of one budget; others stand
+    _finish(points, base, home, console)
+    raise
+  _finish(points, base, home, console)
+
+
+def _run_all(budgets, base, home, console, stop, points) -> None:
+  """Runs all budgets, or what is left of them; appends to `points`."""
   for number, budget in enumerate(budgets, 1):
     if stop():  # it came when the budget before had no step left to stop at
       raise train.Interrupted(
@@ -109,7 +109,6 @@ def _points(budgets, base, home, console, stop) -> list[dict[str, Any]]:
     # No other budget has the same programs, and a process that kept those of
     # nineteen runs was seen to end for want of memory to compile in.
     jax.clear_caches()
-  return points
 
 
 def _earlier(home, base, listed: set[str]) -> list[dict[str, Any]]:
@@ -126,8 +125,15 @@ def _point(report: dict[str, Any], folder: str) -> dict[str, Any]:
   return {key: report[key] for key in POINT_KEYS} | {'folder': folder}
 
 
-def _finish(points, folder: pathlib.Path, console) -> None:
-  """Writes, draws and prints what the budgets came to."""
+def _finish(points, base, home: workdir.Workdir, console) -> None:
+  """Writes, draws and prints what the budgets came to, if any did."""
+  if not parallel.is_first():
+    return
+  points = points + _earlier(home, base, {p['folder'] for p in points})
+  if not points:
+    return
+  points.sort(key=lambda point: -point['budget'])
+  folder = home.path
   content = json.dumps({'points': points}, indent=1) + '\n'
   files.replace(folder / FILE_NAME, content)
   picture = report_lib.plot_pareto(

@@ -116,7 +116,7 @@ def carry_out(
     console.print(f'going on with {work.path}')
   _check_pictures()  # now, and not once all is trained
 
-  claimed = False
+  claimed = work.claimed and not overwrite
 
   def claim():
     nonlocal claimed

@@ -53,6 +53,7 @@ def facts(folder: pathlib.Path) -> tuple[str | None, set[str]]:
     if path.exists():  # tfds has no good word for a damaged one
       json.loads(path.read_text())
   except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+    files.raise_if_it_may_pass(error)
     raise unreadable(path, folder, error) from error
   return found
 
@@ -88,6 +89,7 @@ def read_labels(
     if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
       raise ValueError(f'it does not hold {count} whole numbers')
   except Exception as error:  # of many kinds, for what may be in such a file
+    files.raise_if_it_may_pass(error)
     raise ValueError(
       f'{path} cannot be read ({files.first_line(error)}); if it is damaged, '
       'delete it: it is made anew from the images'

@@ -58,6 +58,7 @@ class StoredImages:
     except ImportError:
       raise
     except Exception as error:  # of many kinds, for what may be in the files
+      files.raise_if_it_may_pass(error)
       raise folders.unreadable(self.folder, self.folder, error) from error
 
   def __reduce__(self):  # Workers open the files anew.
@@ -138,8 +139,7 @@ class StoredImages:
       split = source.dataset_info.splits[self.split]
       ends = np.cumsum(split.shard_lengths)
       path = split.filepaths[np.searchsorted(ends, row, side='right')]
-      if isinstance(error, OSError) and files.may_pass(error):
-        raise
+      files.raise_if_it_may_pass(error)
       raise folders.unreadable(path, self.folder, error) from error
 
 

@@ -14,6 +14,8 @@ import pathlib
 import time
 from typing import Any
 
+import jax
+
 from djpq_jax import allocate
 from djpq_jax import data
 from djpq_jax import evaluation
@@ -130,6 +132,11 @@ def run(
   start = time.monotonic()
   workdir = files.path(workdir)
   this, model, _ = _prepared(config, progress)
+  if trained is not None and config.keep_best and jax.process_count() > 1:
+    raise ValueError(
+      'keep_best needs checkpoints that all processes see, and there are none '
+      'with trained=; train without one of them'
+    )
   if ready is not None:
     ready()
   this.stop = stop

@@ -131,6 +131,10 @@ def search(
 ):
   """Learns channels and bits; a controller leads them to the budgets."""
   steps = run.steps(epochs)
+  if budgets:
+    # Again: what was learned may have raised the fewest bits of some grid.
+    choices = run.config.bit_choices or None
+    allocate.check_reachable(model, budgets, choices)
   _begin(run, model, budgets)
   state = search_state(run, model, teacher, budgets=budgets, steps=steps)
   return running.run_phase(run, 'search', state, steps)

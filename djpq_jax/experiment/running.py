@@ -93,8 +93,6 @@ def _home(run: setting.Run, name: str, *, kept: bool):
   if home is not None or not kept:
     yield home
     return
-  if jax.process_count() > 1:
-    raise ValueError('keep_best needs a workdir that all processes see')
   with tempfile.TemporaryDirectory() as folder:  # the best, until the end
     yield pathlib.Path(folder)
 

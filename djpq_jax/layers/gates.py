@@ -36,11 +36,11 @@ class Gate(nnx.Module):
   ):
     self.size = size
     self.min_open = max(1, min_open)
-    mu = jnp.ones((size,)) if scale is None else jnp.asarray(scale, jnp.float32)
-    self.mu = GateMean(mu)
+    mu = np.ones(size) if scale is None else scale
+    self.mu = GateMean(jnp.asarray(mu, jnp.float32))
     self.log_sigma2 = nnx.data(None)
     if noisy:
-      self.log_sigma2 = GateParam(jnp.full((size,), -OPEN_LOG_ALPHA))
+      self.log_sigma2 = GateParam(jnp.full(size, -OPEN_LOG_ALPHA, jnp.float32))
 
   def log_alpha(self):
     """Signal over noise of each channel, log(mu^2 / sigma^2), [size]."""

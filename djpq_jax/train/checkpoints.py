@@ -69,7 +69,7 @@ class Checkpoints:
       enable_async_checkpointing=True,
       step_name_format=_Committed(),
     )
-    self._manager = ocp.CheckpointManager(folder, options=options)
+    self._manager = _Manager(folder, options=options)
 
   def __enter__(self):
     return self
@@ -144,8 +144,7 @@ class Checkpoints:
       with _reads_end():
         found = self._manager.restore(step, args=args)
     except Exception as error:  # of many kinds, for what may be on a disk
-      if isinstance(error, OSError) and files.may_pass(error):
-        raise
+      files.raise_if_it_may_pass(error)
       raise CheckpointError(
         f'the checkpoint {self.folder}/{step} cannot be read; if it is '
         f'damaged, {self._without(step)} '
@@ -167,6 +166,20 @@ class Checkpoints:
     if before:
       return f'delete it to go on from {max(before)}'
     return 'delete it to begin this phase anew'
+
+
+class _Manager(ocp.CheckpointManager):
+  """Leaves it to `parallel.Preemption` to ask JAX whether to stop.
+
+  Orbax would ask, too, at each save and with the number of the step.  JAX says
+  yes for one number, which follows the last that it was asked with, so either
+  could miss the one that is meant for the other.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    """Not to be known here."""
+    del step
+    return False
 
 
 class _Committed(ocp.path.step.NameFormat):

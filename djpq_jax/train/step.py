@@ -54,7 +54,7 @@ def train_step(
   advanced = (params, rest, opt_state, control)
   before = (state.params, state.rest, state.opt_state, state.control)
   params, rest, opt_state, control = jax.tree.map(
-    lambda new, old: jnp.where(good, new, old), advanced, before
+    functools.partial(_chosen, good), advanced, before
   )
   state = dataclasses.replace(
     state,
@@ -66,6 +66,13 @@ def train_step(
     bad_steps=state.bad_steps + ~good,
   )
   return state, metrics | {'loss': loss, 'bad_steps': state.bad_steps}
+
+
+def _chosen(good, new, old):
+  """One leaf of the next state: the new one, or the old one of a bad step."""
+  if new.dtype != old.dtype:  # optax makes float64 where JAX has 64 bits on
+    new = new.astype(old.dtype)
+  return jnp.where(good, new, old)
 
 
 def _stream_keys(state: state_lib.TrainState):
@@ -232,7 +239,8 @@ def _summary(model: compress.Compressed) -> state_lib.Metrics:
 
 
 def _mean(values):
-  return sum(jnp.asarray(v, jnp.float32) for v in values) / max(len(values), 1)
+  total = sum((jnp.asarray(v, jnp.float32) for v in values), jnp.float32(0))
+  return total / max(len(values), 1)
 
 
 def _accuracy(logits, batch: state_lib.Batch):
