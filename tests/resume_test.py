@@ -39,12 +39,13 @@ pytestmark = [
 ]
 
 STEPS = 3 * (20 + 40 + 10)  # of the whole tiny experiment
+SAVING = 'checkpoint_every=17'  # within phases, not at their ends
 
 
 @pytest.fixture(scope='module')
 def config(tmp_path_factory):
   folder = tmp_path_factory.mktemp('config')
-  return tiny.experiment_config(folder, 'checkpoint_every=7')
+  return tiny.experiment_config(folder, SAVING)
 
 
 @pytest.fixture(scope='module')
@@ -83,7 +84,7 @@ def bits(state):
 def test_the_best_of_a_run_that_was_stopped(config, tmp_path):
   """It is what the run would have had, seen before or after the stop."""
   config = config_lib.change(
-    config, evaluate_every=1.0, validation=0.25, keep_best=True
+    config, evaluate_every=4.0, validation=0.25, keep_best=True
   )
   expected = run(config, tmp_path / 'whole')
   looks = [row for row in expected['history'] if 'eval_accuracy' in row]
@@ -517,7 +518,7 @@ def test_kill(config, whole, tmp_path):
   (tmp_path / 'tiny.py').write_text(tiny.CONFIG)
   program = PROGRAM.format(tests=str(pathlib.Path(__file__).parent))
   command = [sys.executable, '-c', program, '--config', 'tiny.py']
-  command += ['--workdir', 'run', '--set', 'checkpoint_every=7']
+  command += ['--workdir', 'run', '--set', SAVING]
   metrics = tmp_path / 'run' / 'metrics.jsonl'
   with open(tmp_path / 'log', 'w', encoding='utf-8') as log:
     process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
