@@ -92,8 +92,13 @@ class Preemption:
 
 
 def mesh(devices=None) -> jax.sharding.Mesh:
-  """All devices of all processes in a row, an axis called 'data'."""
+  """Devices in a row, an axis called 'data'; by default all of all processes.
+
+  Those of a process come one after the other, which their numbers need not do
+  on a TPU: rows of a batch are in process order.
+  """
   devices = jax.devices() if devices is None else devices
+  devices = sorted(devices, key=lambda d: (d.process_index, d.id))
   return jax.sharding.Mesh(np.array(devices), (AXIS,))
 
 

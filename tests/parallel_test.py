@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 from flax import nnx
 import jax
@@ -79,6 +80,14 @@ def test_jit_step_is_one_device_with_the_whole_batch(mesh, noisy):
   assert int(found.step) == 1
   for x in jax.tree.leaves(found.params):
     assert x.devices() == {jax.local_devices()[0]}
+
+
+def test_devices_of_a_process_stand_together(monkeypatch):
+  monkeypatch.setattr(jax.sharding, 'Mesh', lambda row, axes: row.tolist())
+  device = lambda **of: types.SimpleNamespace(**of)
+  row = [device(id=i, process_index=(i // 2) % 2) for i in range(8)]
+  found = parallel.mesh(row)
+  assert [d.id for d in found] == [0, 1, 4, 5, 2, 3, 6, 7]
 
 
 def test_pmap_step_is_the_literal_pmap(mesh):
