@@ -165,7 +165,11 @@ def _get_config(source: str):
   path = pathlib.Path(source)
   if path.suffix == '.py' and path.is_file():
     spec = importlib.util.spec_from_file_location('djpq_config', path)
-  elif path.suffix == '.py' and path.parent.name == 'configs':
+  elif (
+    path.suffix == '.py'
+    and path.parent.name == 'configs'
+    and not path.is_absolute()  # such a file is meant, and is missing
+  ):
     spec = _find_packaged(path.stem, source)
   else:
     spec = _find_packaged(source, source)

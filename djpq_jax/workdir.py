@@ -91,7 +91,8 @@ class Workdir:
   def _config_there(self) -> dict[str, Any]:
     try:
       found = json.loads((self.path / CONFIG).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+      files.raise_if_it_may_pass(error)
       found = None
     if not isinstance(found, dict):
       raise ValueError(
@@ -105,6 +106,9 @@ class Workdir:
 
     Args:
       overwrite: whether to discard what is there instead.
+
+    Raises:
+      ValueError: another experiment has claimed it since `check`.
     """
     if overwrite and self.claimed:
       for path in self._found():
@@ -112,6 +116,7 @@ class Workdir:
           continue  # stays till the end: it says that all this may go
         files.remove(path)
     if self.claimed and not overwrite:
+      self.check()
       return
     for path in self._claims():
       path.unlink()

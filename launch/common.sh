@@ -27,7 +27,7 @@ require() {
 # count --option value minimum: a whole number, large enough.
 count() {
   case $2 in
-    '' | *[!0-9]*) fail "$1 must be a whole number, and is '$2'" ;;
+    '' | *[!0-9]* | 0[0-9]*) fail "$1 must be a whole number, and is '$2'" ;;
   esac
   [ "$2" -ge "$3" ] || fail "$1 must be at least $3, and is $2"
 }

@@ -626,6 +626,44 @@ def test_arguments_by_name_have_noise_too():
     net(train=False, gate_key=key)
 
 
+class DropPath(nnx.Module):
+  """Knows what `Module.eval` sets, and nothing of views."""
+
+  def __init__(self, rngs):
+    self.rngs, self.deterministic = rngs, False
+
+  def __call__(self, x):
+    if self.deterministic:
+      return x
+    kept = jax.random.bernoulli(self.rngs.dropout(), 0.5, (len(x), 1))
+    return jnp.where(kept, 2 * x, 0)
+
+
+@standard_promotion
+def test_views_switch_classes_of_ones_own():
+  model = graph_test.Net(
+    lambda m, x: m.head(m.drop(nnx.relu(m.stem(x)))),
+    stem=nnx.Linear(8, 6, rngs=nnx.Rngs(0)),
+    drop=DropPath(nnx.Rngs(3)),
+    head=nnx.Linear(6, 4, rngs=nnx.Rngs(1)),
+  )
+  x = np.random.default_rng(0).normal(size=(8, 8)).astype('float32')
+  net = compress.compress(model, (), x)
+  view = compress.eval_view(net)
+  np.testing.assert_array_equal(view(x), view(x))
+  assert not net.model.drop.deterministic  # the model itself stays
+  net.eval()
+  view = compress.train_view(net)
+  assert np.any(view(x) != view(x))
+  assert net.model.drop.deterministic
+  frozen = compress.freeze(net, allocate.plan(net, 0.05), x)
+  frozen.train()
+  hardened = harden.harden(frozen)
+  np.testing.assert_allclose(
+    compress.eval_view(hardened)(x), compress.eval_view(frozen)(x), rtol=1e-5
+  )
+
+
 @standard_promotion
 @pytest.mark.parametrize('dtype', ['uint8', 'bool'])
 def test_integers_are_promoted_as_layers_do_it(dtype):

@@ -69,6 +69,12 @@ def test_packaged_configs_need_no_checkout(name, tmp_path, monkeypatch):
   assert config_lib.load(name).data.name == 'digits'
 
 
+def test_an_absolute_path_is_no_packaged_config(tmp_path):
+  name = str(tmp_path / 'configs' / 'digits.py')
+  with pytest.raises(config_lib.ConfigError, match='neither a file nor'):
+    config_lib.load(name)
+
+
 @pytest.mark.parametrize(
   'name', ['', 'digit', 'mine.py', 'configs/none.py', 'a.b', '../x', 'c.json']
 )

@@ -385,6 +385,31 @@ def test_a_class_of_ones_own_keeps_its_product():
   np.testing.assert_array_equal(integer.lower(model)(x), model(x))
 
 
+def test_a_promotion_that_changes_values_stays():
+  def scaled(operands, dtype=None):
+    x, kernel, bias = nnx.nn.dtypes.promote_dtype(operands, dtype=dtype)
+    return x, kernel * 0.25, bias
+
+  model = hardened(linear(6, 4, promote_dtype=scaled), 4, 4, signed=True)
+  assert 'promote_dtype may change' in integer.left_float(model)['layer']
+  x = images(3, 6)
+  np.testing.assert_array_equal(integer.lower(model)(x), model(x))
+
+
+@pytest.mark.parametrize('kind', [nnx.Linear, nnx.Conv])
+def test_the_dtype_that_a_product_is_asked_for(kind):
+  how = dict(dtype=jnp.bfloat16, preferred_element_type=jnp.float32)
+  if kind is nnx.Conv:
+    layer, x = conv(6, 4, use_bias=False, **how), images(3, 4, 4, 6)
+  else:
+    layer, x = linear(6, 4, use_bias=False, **how), images(3, 6)
+  model = hardened(layer, 4, 4, signed=True)
+  assert integer.left_float(model) == {}
+  want, found = model(x), integer.lower(model)(x)
+  assert (found.dtype, want.dtype) == (jnp.float32, jnp.float32)
+  np.testing.assert_allclose(found, want, rtol=0.02, atol=0.02)
+
+
 def test_a_product_of_ones_own_stays():
   def product(x, kernel, dimensions, **kwargs):
     return jnp.tanh(jax.lax.dot_general(x, kernel, dimensions, **kwargs))

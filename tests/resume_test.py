@@ -552,6 +552,8 @@ def test_claiming_a_workdir(config, tmp_path):
   other = workdir_lib.Workdir(work.path, config_lib.change(config, seed=5))
   with pytest.raises(ValueError, match='it differs in seed'):
     other.check()
+  with pytest.raises(ValueError, match='it differs in seed'):
+    other.claim()  # that came first after both had looked
   other.check(overwrite=True)
   (work.path / 'config.json').write_text('{')
   with pytest.raises(ValueError, match='is damaged, so nobody knows whose'):
@@ -559,6 +561,19 @@ def test_claiming_a_workdir(config, tmp_path):
   work.check(overwrite=True)
   work.claim(overwrite=True)
   work.check()
+
+
+def test_a_config_that_a_disk_does_not_give_is_not_damaged(
+  config, tmp_path, monkeypatch
+):
+  workdir_lib.Workdir(tmp_path, config).claim()
+
+  def fails(*args, **kwargs):
+    raise OSError(errno.ESTALE, 'Stale file handle')
+
+  monkeypatch.setattr(pathlib.Path, 'read_text', fails)
+  with pytest.raises(OSError, match='Stale file handle'):
+    workdir_lib.Workdir(tmp_path, config).check()
 
 
 def test_a_claim_that_was_cut_off(config, tmp_path):

@@ -154,5 +154,5 @@ def _finish(points, base, home: workdir.Workdir, console) -> None:
     )
   console.print(table)
   console.print(f'float accuracy {points[0]["float_accuracy"]:.2%}')
-  console.print(f'points    {folder / FILE_NAME}')
-  console.print(f'picture   {picture}')
+  console.print(f'points    {folder / FILE_NAME}', markup=False)
+  console.print(f'picture   {picture}', markup=False)

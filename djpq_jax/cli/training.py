@@ -38,7 +38,12 @@ def _run(args) -> None:
   config = config_lib.load(args.config, args.set)
   options.join_cluster(args)
   work = workdir.Workdir(files.path(args.workdir), config)
-  work.check(overwrite=args.overwrite)
+  try:
+    work.check(overwrite=args.overwrite)
+  except OSError as error:
+    if files.may_pass(error):
+      raise Fault(error) from error
+    raise
   console = rich.console.Console(quiet=not parallel.is_first())
   if args.dry_run:
     _print_preview(experiment.preview(config), console)
@@ -48,7 +53,7 @@ def _run(args) -> None:
       config, work, console, stop, overwrite=args.overwrite
     )
   if there:
-    console.print(f'{work.path} holds this experiment, finished:')
+    console.print(f'{work.path} holds this experiment, finished:', markup=False)
   report_lib.print_report(report, console)
   if not there:
     _print_paths(work.path, console)
@@ -113,7 +118,7 @@ def carry_out(
   if report is not None:
     return report, True
   if work.claimed and not overwrite:
-    console.print(f'going on with {work.path}')
+    console.print(f'going on with {work.path}', markup=False)
   _check_pictures()  # now, and not once all is trained
 
   claimed = work.claimed and not overwrite
@@ -232,6 +237,6 @@ def _write(report: dict[str, Any], folder: pathlib.Path) -> None:
 
 def _print_paths(folder: pathlib.Path, console) -> None:
   pictures = sorted(map(str, folder.glob('*.png')))
-  console.print(f'report    {folder / "report.json"}')
-  console.print(f'artifact  {folder / "artifact"}')
-  console.print(f'pictures  {", ".join(pictures)}')
+  console.print(f'report    {folder / "report.json"}', markup=False)
+  console.print(f'artifact  {folder / "artifact"}', markup=False)
+  console.print(f'pictures  {", ".join(pictures)}', markup=False)

@@ -78,22 +78,19 @@ class Hook(NamedTuple):
 
 def eval_view(model):
   """`model` as it is used for prediction, sharing its arrays."""
-  return nnx.view(
-    model,
-    deterministic=True,
-    use_running_average=True,
-    raise_if_not_found=False,
-  )
+  return _view(model, deterministic=True, use_running_average=True)
 
 
 def train_view(model):
   """`model` as it is trained, sharing its arrays."""
-  return nnx.view(
-    model,
-    deterministic=False,
-    use_running_average=False,
-    raise_if_not_found=False,
-  )
+  return _view(model, deterministic=False, use_running_average=False)
+
+
+def _view(model, **mode: bool):
+  view = nnx.view(model, **mode, raise_if_not_found=False)
+  # Classes of one's own may know no views, but what `Module.eval` sets.
+  view.set_attributes(**mode, raise_if_not_found=False)
+  return view
 
 
 def layer_modules(model) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from flax import nnx
+from flax.nnx.nn import dtypes
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
@@ -153,6 +154,8 @@ def _reason(hook: compress.Hook) -> str | None:
     return None
   if not isinstance(operands.weight, harden.Dequantizer):
     return 'a rule leaves it in float32'
+  if operands.promote is not dtypes.promote_dtype:
+    return 'its promote_dtype may change values'
   if _site(layer) is None:
     return f'{type(layer).__name__} has no integer product here'
   contracted = _site(layer).contracted

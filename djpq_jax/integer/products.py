@@ -39,6 +39,10 @@ class Weights:
   offset: jax.Array | None
   dtype: Any
 
+  def giving(self, dtype) -> 'Weights':
+    """For another dtype of the result, if it is not None."""
+    return self if dtype is None else dataclasses.replace(self, dtype=dtype)
+
 
 @dataclasses.dataclass(frozen=True)
 class Conv:
@@ -57,9 +61,11 @@ class Conv:
     rhs_dilation,
     dimension_numbers,
     feature_group_count,
+    preferred_element_type=None,
     **_,
   ):
     """Int32 levels [B, ..., in] -> scaled accumulators [B, ..., out]."""
+    weights = weights.giving(preferred_element_type)
     window = [
       (k - 1) * d + 1 for k, d in zip(weights.integers.shape[:-2], rhs_dilation)
     ]
@@ -103,8 +109,17 @@ class Dot:
 
   plan: planning.Plan
 
-  def __call__(self, x, weights: Weights, dimension_numbers, **_):
+  def __call__(
+    self,
+    x,
+    weights: Weights,
+    dimension_numbers,
+    *,
+    preferred_element_type=None,
+    **_,
+  ):
     """Int32 levels -> scaled accumulators [..., out...]."""
+    weights = weights.giving(preferred_element_type)
     (left, right), _ = dimension_numbers
     product = lambda x, w: _dot(self.plan, x, w, dimension_numbers)
     return _scaled(self.plan, x, weights, product, (left[-1], right[-1]))
