@@ -2,7 +2,7 @@
 
 The float weights have 91.73 %.  Reproduced so far, in 5 epochs instead of 10
 (search.epochs=1.5, finetune.epochs=3.5): 88.79 % at 0.403 % of the float32
-BOPs, in the mean of three seeds.  In the version just before ('DJPQ one bit let
+BOPs, in the mean of three seeds; 90.59 % at 0.894 %, of two.  In the version just before ('DJPQ one bit let
 through' of benchmarks/compare.py), with three seeds: 84.85 % at 0.202 %,
 88.67 % at 0.403 %, 90.72 % at 0.894 %; with one 91.71 % at 1.577 %.  One bit
 for weights and two for inputs everywhere have 84.05 % at 0.202 % (two seeds),
