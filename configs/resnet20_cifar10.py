@@ -2,11 +2,11 @@
 
 The float weights have 91.73 %.  Reproduced so far, in 5 epochs instead of 10
 (search.epochs=1.5, finetune.epochs=3.5): 88.79 % at 0.403 % of the float32
-BOPs, in the mean of three seeds; 90.59 % at 0.894 %, of two.  In the version just before ('DJPQ one bit let
-through' of benchmarks/compare.py), with three seeds: 84.85 % at 0.202 %,
-88.67 % at 0.403 %, 90.72 % at 0.894 %; with one 91.71 % at 1.577 %.  One bit
-for weights and two for inputs everywhere have 84.05 % at 0.202 % (two seeds),
-W2A2 87.67 % at 0.403 % (three).
+BOPs, in the mean of three seeds, and 90.59 % at 0.894 %, of two.  In the
+version just before ('DJPQ one bit let through' of benchmarks/compare.py), with
+three seeds: 84.85 % at 0.202 %, 88.67 % at 0.403 %, 90.72 % at 0.894 %; with
+one 91.71 % at 1.577 %.  One bit for weights and two for inputs everywhere have
+84.05 % at 0.202 % (two seeds), W2A2 87.67 % at 0.403 % (three).
 With mid_rise=False and search.whole_bits_to=0 and three seeds: 88.07 % at
 0.403 %, two bits everywhere 86.88 %; 90.70 % at 0.894 %, three bits 90.43 % at
 0.895 %; 91.40 % at 1.578 %, four bits 91.25 % at 1.580 %.
