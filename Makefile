@@ -92,6 +92,11 @@ clean:
 	$(BIN)/python -m pip install -e '.[dev]'
 	@touch .venv/.demo-installed $@
 
+# At once, where all is needed: each of these commands takes its minute.
+.venv/.all-installed: setup.cfg pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install -e '.[dev,docs,browser]'
+	@touch .venv/.demo-installed .venv/.dev-installed .venv/.docs-installed $@
+
 .venv/.docs-installed: setup.cfg pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install -e '.[docs]'
 	@touch $@
