@@ -92,9 +92,10 @@ clean:
 	$(BIN)/python -m pip install -e '.[dev]'
 	@touch .venv/.demo-installed $@
 
-# At once, where all is needed: each of these commands takes its minute.
+# At once, where all is needed: each of these commands takes its minute.  Most of
+# what comes along is never imported, so that compiling it would take another.
 .venv/.all-installed: setup.cfg pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install -e '.[dev,docs,browser]'
+	$(BIN)/python -m pip install --no-compile -e '.[dev,docs,browser]'
 	@touch .venv/.demo-installed .venv/.dev-installed .venv/.docs-installed $@
 
 .venv/.docs-installed: setup.cfg pyproject.toml | .venv/bin/python
