@@ -389,7 +389,7 @@ def test_processes_agree_on_what_the_first_holds_and_when_to_stop(tmp_path):
   ]
   found = []
   for process in processes:
-    printed = process.communicate(timeout=300)[0]
+    printed = process.communicate(timeout=120)[0]
     assert process.returncode == 0, printed
     assert 'the processes hold arrays of other shapes' in printed
     found.append(printed.splitlines()[-1])
@@ -443,7 +443,7 @@ class Cluster:
   def ended(self):
     """The exit statuses and what was printed."""
     try:
-      printed = [p.communicate(timeout=300)[0] for p in self.processes]
+      printed = [p.communicate(timeout=120)[0] for p in self.processes]
     finally:
       for process in self.processes:
         process.kill()

@@ -115,7 +115,8 @@ def save(
     'float_layers': integer.left_float(model),
     'program': reason or program_lib.FILE_NAME,
   }
-  manifest = _plain(folder, facts)
+  with _writing(folder):
+    manifest = manifest_lib.plain(facts)
   _refuse(folder, manifest_lib.problem(manifest | {'sha256': ''}))
   index = {
     'inputs': contents.inputs(model),
@@ -147,16 +148,16 @@ def _check_place(folder: pathlib.Path) -> None:
 
 def _arguments(folder, model, input_shape):
   """What the model will be traced with, and what the index says of it."""
-  try:
+  with _writing(folder):
     arguments = arguments_lib.of(model, input_shape)
     return arguments, arguments_lib.to_json(arguments)
-  except ValueError as error:
-    raise ValueError(f'{folder} cannot be written: {error}') from error
 
 
-def _plain(folder, facts: Mapping[str, Any]) -> dict[str, Any]:
+@contextlib.contextmanager
+def _writing(folder) -> Iterator[None]:
+  """Says of what goes wrong where it keeps from writing."""
   try:
-    return manifest_lib.plain(facts)
+    yield
   except ValueError as error:
     raise ValueError(f'{folder} cannot be written: {error}') from error
 
